@@ -1,1 +1,1 @@
-"""What a user of a world reaches for: planners, monitors and inference arrive here, on the public API only."""
+"""What users of a world reach for: planners, monitors and inference, on the public API only."""

@@ -16,7 +16,7 @@ BANNED = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "torch
 
 
 def imported_modules(tree: ast.AST, in_function: bool = False) -> Iterator[tuple[str, int, bool]]:
-    """(module, line, inside a function) of every absolute import, `import_module("...")` and `__import__("...")`."""
+    """(module, line, inside a function) of every absolute import and `import_module("...")`."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno, in_function) for alias in node.names)
