@@ -1,0 +1,140 @@
+"""The transformer behind every block and the denoiser, and the autoregressive block built on it.
+
+A token's way: projection in -> pre-norm layers (rotary attention, GELU MLP) -> RMSNorm -> head -> affine map.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from worldmodel.flow.affine import Affine, affine_from_head
+from worldmodel.flow.attention import Attention
+from worldmodel.flow.cache import KVCache
+from worldmodel.flow.order import reorder
+from worldmodel.flow.rope import Rotary, frame_rotary
+
+
+class MLP(nn.Module):
+    """Pre-norm GELU (exact) MLP of 4x width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.act = nn.GELU()
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        return self.down(self.act(self.up(self.norm(x))))
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each with a residual."""
+
+    def __init__(self, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.attention = Attention(width, head_dim)
+        self.mlp = MLP(width)
+
+
+class FinalNorm(nn.Module):
+    """RMSNorm in float32 (eps 1e-6) whose weight is an offset: ``x / rms(x) * (1 + w)``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        y = x if x.dtype == torch.float64 else x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)
+        return (y * (1.0 + self.weight.to(y.dtype))).to(x.dtype)
+
+
+class Transformer(nn.Module):
+    """Tokens (B, S, ``inputs``) to (B, S, ``outputs``); optional condition tokens in front, optional action features added.
+
+    ``text_dim`` > 0 adds the projection of condition tokens; ``action_dim`` > 0 a zero-initialised projection of
+    action features, so that a model without actions is unchanged when they are added.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        width: int,
+        layers: int,
+        head_dim: int,
+        text_dim: int = 0,
+        action_dim: int = 0,
+        final_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.proj_in = nn.Linear(inputs, width)
+        self.proj_text = nn.Linear(text_dim, width) if text_dim else None
+        self.proj_action = nn.Linear(action_dim, width, bias=False) if action_dim else None
+        self.layers = nn.ModuleList(Layer(width, head_dim) for _ in range(layers))
+        self.final_norm = FinalNorm(width) if final_norm else nn.Identity()
+        self.proj_out = nn.Linear(width, outputs)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+        if self.proj_action is not None:
+            nn.init.zeros_(self.proj_action.weight)
+
+    def embed(self, tokens: Tensor, actions: Tensor | None) -> Tensor:
+        """Projected tokens (B, S, D), plus the embedding of action features (B, S, E) where the model has them."""
+        x = self.proj_in(tokens)
+        if self.proj_action is not None and actions is not None:
+            x = x + self.proj_action(actions)
+        return x
+
+    def run(
+        self, x: Tensor, rotary: Rotary, mask: Tensor | str = "causal", past: KVCache | None = None
+    ) -> Tensor:
+        """The layers alone: hidden states (B, S, D) to (B, S, D). See `Attention.forward` for mask and past."""
+        for index, layer in enumerate(self.layers):
+            x = x + layer.attention(x, rotary, mask, past, index)
+            x = x + layer.mlp(x)
+        return x
+
+    def head(self, x: Tensor) -> Tensor:
+        """Hidden states (B, S, D) to outputs (B, S, ``outputs``)."""
+        return self.proj_out(self.final_norm(x))
+
+
+class Block(nn.Module):
+    """One autoregressive affine block: ``mu_i, sigma_i = Transformer(SOS, v_1 .. v_{i-1})``.
+
+    Used as it is for the shallow blocks (each frame alone). The deep block adds the past and the conditions: `deep.py`.
+    Tokens come and go in raster order; inside, in the block's own order.
+    """
+
+    def __init__(self, transformer: Transformer, dim: int, flip: bool, soft_clip: float, scale: float) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.scale = scale
+        self.sos = nn.Parameter(torch.randn(dim) * 0.02)
+        self.flip = flip
+        self.soft_clip = soft_clip
+
+    def shifted(self, v: Tensor, before: Tensor | None = None) -> Tensor:
+        """Inputs of a run in own order: the token before it (SOS, or ``before`` (B, 1, D)), then all but the last."""
+        first = self.sos.to(v.dtype).expand(v.shape[0], 1, -1) if before is None else before
+        return torch.cat((first, v[:, :-1]), dim=1)
+
+    def frame_parameters(self, v: Tensor, grid: tuple[int, int]) -> Affine:
+        """Affine parameters (B, N, D) of one frame alone, from its own tokens (B, N, D), all in own order."""
+        rotary = frame_rotary(grid, 0, 1, self.scale, self.transformer.head_dim, v.device)
+        x = self.transformer.run(self.transformer.embed(self.shifted(v), None), rotary)
+        return affine_from_head(self.transformer.head(x), self.soft_clip)
+
+    def to_own(self, tokens: Tensor) -> Tensor:
+        """Raster order (..., N, D) to the block's own."""
+        return reorder(tokens, self.flip)
+
+    to_raster = to_own
+
+
