@@ -7,6 +7,7 @@ DIR holds ``NAME.json`` (constructor arguments), ``NAME.weights.safetensors`` (p
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,10 @@ from worldmodel.flow.order import patchify
 from worldmodel.flow.published import config_from_published, load_published
 
 TOLERANCE = 1e-4
+SAMPLE = re.compile(
+    r"sample\.(sequential|jacobi|i2v|long)(?:\.window(\d+)\.context(\d+))?(?:\.cfg(\d+(?:\.\d+)?))?"
+)
+"""Sampler vectors say in their name what was asked: the method, the window, the guidance."""
 
 
 def load_flow(directory: Path, name: str) -> tuple[Flow, dict]:
@@ -60,14 +65,23 @@ def computed(flow: Flow, spec: dict, given: dict[str, Tensor]) -> Iterator[tuple
     yield "forward.z", flow.latents(flow(flow.tokens(x), grid, text).z, grid)
 
     noise = patchify(given["noise"], flow.config.patch_size)
-    guided = {"text": text, "uncond_text": uncond, "guidance": spec["guidance"]}
-    yield "sample.sequential", flow.latents(flow.sample(noise, grid, text=text, exact=True), grid)
-    yield "sample.sequential.cfg3.5", flow.latents(flow.sample(noise, grid, exact=True, **guided), grid)
-    yield "sample.jacobi.cfg3.5", flow.latents(flow.sample(noise, grid, **guided), grid)
-    first = flow.tokens(x[:, :1])
-    yield "sample.i2v.cfg3.5", flow.latents(flow.sample(noise, grid, given=first, **guided), grid)
-    long = flow.sample(noise, grid, window=3, context=2, **guided)
-    yield "sample.long.window3.context2", flow.latents(long, grid)
+    for key in given:
+        match = SAMPLE.fullmatch(key)
+        if match is None:
+            continue
+        kind, window, context, guidance = match.groups()
+        tokens = flow.sample(
+            noise,
+            grid,
+            text=text,
+            uncond_text=uncond,
+            guidance=float(guidance or 0),
+            given=flow.tokens(x[:, :1]) if kind == "i2v" else None,
+            window=int(window) if window else None,
+            context=int(context) if context else None,
+            exact=kind == "sequential",
+        )
+        yield key, flow.latents(tokens, grid)
 
     score = flow.denoiser.score(flow.tokens(x), grid, text, None)
     yield "denoiser.output", flow.latents(score, grid)
