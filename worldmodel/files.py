@@ -1,0 +1,185 @@
+"""Configurations, tensors and JSON on disk: atomic writes, strict reads, one-line errors, no pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from worldmodel.errors import CheckpointError, ConfigError
+
+Config = TypeVar("Config")
+
+
+def config_from_dict(cls: type[Config], mapping: Mapping[str, Any], where: str) -> Config:
+    """The dataclass ``cls`` from a mapping: nested dataclasses are built, lists become tuples, ints become floats.
+
+    ``where`` names the source in errors (a file name).
+
+    Raises:
+        ConfigError: unknown or missing keys, all listed, or a value of the wrong type.
+    """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"{where}: expected an object with keys, got {type(mapping).__name__}")
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    required = {
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    problems = []
+    if unknown := sorted(set(mapping) - set(fields)):
+        problems.append(f"unknown keys: {', '.join(unknown)} (known: {', '.join(fields)})")
+    if missing := sorted(required - set(mapping)):
+        problems.append(f"missing keys: {', '.join(missing)}")
+    if problems:
+        raise ConfigError(f"{where}: {'; '.join(problems)}")
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _convert(hints[name], value, f"{where}: {name}") for name, value in mapping.items()})
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as a JSON-ready dict (tuples become lists); `config_from_dict` is its inverse."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(arguments, value, where)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(repr, arguments))}")
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return value if isinstance(value, hint) else config_from_dict(hint, value, where)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}: expected a list, got {value!r:.80}")
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_convert(arguments[0], item, where) for item in value)
+        if len(arguments) != len(value):
+            raise ConfigError(f"{where}: expected {len(arguments)} values, got {len(value)}")
+        return tuple(_convert(kind, item, where) for kind, item in zip(arguments, value, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    kind = origin or hint
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind in (int, float)):
+        raise ConfigError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r:.80}")
+    return value
+
+
+def _convert_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    failures = []
+    for kind in kinds:
+        if kind is not type(None):
+            try:
+                return _convert(kind, value, where)
+            except ConfigError as error:
+                failures.append(error)
+    raise failures[0]
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write`` on a temporary file in the same folder, flush it to disk, then put it in place of ``path``.
+
+    Raises:
+        CheckpointError: the file cannot be written (a full disk, say); an older file at ``path`` is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {path} ({error}); what was there before is unchanged; free some space or choose another place"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Tensors (any dtype) and string metadata to one safetensors file, atomically.
+
+    Raises:
+        CheckpointError: as `write_atomic`.
+    """
+    ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_atomic(path, lambda temporary: safetensors.torch.save_file(ready, temporary, dict(metadata or {})))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        CheckpointError: no such file, or truncated or corrupt.
+    """
+    return _reading(path, lambda: safetensors.torch.load_file(path))
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    """The string metadata of a safetensors file; reads the header only.
+
+    Raises:
+        CheckpointError: no such file, or truncated or corrupt.
+    """
+
+    def read() -> dict[str, str]:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+
+    return _reading(path, read)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """JSON, indented, finite numbers only, atomically.
+
+    Raises:
+        CheckpointError: as `write_atomic`.
+    """
+    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+    write_atomic(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        CheckpointError: no such file, or not JSON.
+    """
+    return _reading(path, lambda: json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+Result = TypeVar("Result")
+
+
+def _reading(path: Path, read: Callable[[], Result]) -> Result:
+    try:
+        return read()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except (OSError, safetensors.SafetensorError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{path} is truncated or corrupt ({reason}); restore or create it again") from error
