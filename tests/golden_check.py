@@ -40,7 +40,9 @@ def load_flow(directory: Path, name: str) -> tuple[Flow, dict]:
 
 
 @torch.no_grad()
-def blocks(flow: Flow, x: Tensor, grid: tuple[int, int], text: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+def blocks(
+    flow: Flow, x: Tensor, grid: tuple[int, int], text: Tensor
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Each block's name, output (B, T, N, D) in raster order, and log-determinant in the block's own order."""
     v = flow.tokens(x)
     frames = v.shape[1]
@@ -92,7 +94,16 @@ def computed(flow: Flow, spec: dict, given: dict[str, Tensor]) -> Iterator[tuple
     yield "cfg.sigma", sigma
 
 
-INPUTS = {"x", "cond", "uncond", "noise", "cfg.mu_cond", "cfg.sigma_cond", "cfg.mu_uncond", "cfg.sigma_uncond"}
+INPUTS = {
+    "x",
+    "cond",
+    "uncond",
+    "noise",
+    "cfg.mu_cond",
+    "cfg.sigma_cond",
+    "cfg.mu_uncond",
+    "cfg.sigma_uncond",
+}
 
 
 def differences(directory: Path, name: str) -> dict[str, float]:

@@ -22,9 +22,9 @@ Config = TypeVar("Config")
 
 
 def config_from_dict(cls: type[Config], mapping: Mapping[str, Any], where: str) -> Config:
-    """The dataclass ``cls`` from a mapping: nested dataclasses are built, lists become tuples, ints become floats.
+    """The dataclass ``cls`` from a mapping.
 
-    ``where`` names the source in errors (a file name).
+    Nested dataclasses are built, lists become tuples, and an int is accepted for a float. ``where`` names the source in errors (a file name).
 
     Raises:
         ConfigError: unknown or missing keys, all listed, or a value of the wrong type.
@@ -95,10 +95,10 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` on a temporary file in the same folder, flush it to disk, then put it in place of ``path``.
+    """Call ``write`` on a temporary file in the same folder, flush it to disk, then rename it to ``path``.
 
     Raises:
-        CheckpointError: the file cannot be written (a full disk, say); an older file at ``path`` is untouched.
+        CheckpointError: the file cannot be written (a full disk, say); an older file there is untouched.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -110,13 +110,15 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
-            f"cannot write {path} ({error}); what was there before is unchanged; free some space or choose another place"
+            f"cannot write {path} ({error}); what was there is unchanged; free some space or choose another place"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Tensors (any dtype) and string metadata to one safetensors file, atomically.
 
     Raises:
@@ -182,4 +184,4 @@ def _reading(path: Path, read: Callable[[], Result]) -> Result:
         raise CheckpointError(f"{path} does not exist") from error
     except (OSError, safetensors.SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{path} is truncated or corrupt ({reason}); restore or create it again") from error
+        raise CheckpointError(f"{path} is truncated or corrupt ({reason}); restore or recreate it") from error

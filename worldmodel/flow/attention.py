@@ -68,7 +68,9 @@ class Attention(nn.Module):
         Without ``past``: ``mask`` is "causal", "full", or a boolean (S, S), True = attend. With ``past`` the run is
         causal and its K/V are written into the slots that the cohorts have reserved.
         """
-        q, k, v = rearrange(self.qkv(self.norm(x_BSD)), "b s (three h k) -> three b h s k", three=3, h=self.heads)
+        q, k, v = rearrange(
+            self.qkv(self.norm(x_BSD)), "b s (three h k) -> three b h s k", three=3, h=self.heads
+        )
         q, k = rotate(q, rotary), rotate(k, rotary)
         if past is None:
             causal = isinstance(mask, str) and mask == "causal"

@@ -112,7 +112,9 @@ class Block(nn.Module):
     Tokens come and go in raster order; inside, in the block's own order.
     """
 
-    def __init__(self, transformer: Transformer, dim: int, flip: bool, soft_clip: float, scale: float) -> None:
+    def __init__(
+        self, transformer: Transformer, dim: int, flip: bool, soft_clip: float, scale: float
+    ) -> None:
         super().__init__()
         self.transformer = transformer
         self.scale = scale
@@ -136,5 +138,3 @@ class Block(nn.Module):
         return reorder(tokens, self.flip)
 
     to_raster = to_own
-
-

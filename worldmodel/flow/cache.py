@@ -103,7 +103,9 @@ class Cohort:
             kv = segment.kv
             if wanted == list(range(wanted[0], wanted[0] + len(wanted))):
                 # consecutive stored rows: a view of the same storage, never written to again
-                page = Page(segment.page.kv[:, :, wanted[0] : wanted[0] + len(wanted)], segment.page.kv.shape[-2])
+                page = Page(
+                    segment.page.kv[:, :, wanted[0] : wanted[0] + len(wanted)], segment.page.kv.shape[-2]
+                )
                 segments.append(Segment(page, segment.start, segment.stop, fold))
             else:
                 index = torch.tensor(wanted, device=kv.device)

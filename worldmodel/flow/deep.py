@@ -56,6 +56,7 @@ class Context:
 
     def fork(self, n: int) -> Context:
         """Each row becomes n consecutive rows; the past is shared."""
+
         def again(x: Tensor | None) -> Tensor | None:
             return None if x is None else repeat_rows(x, n)
 
@@ -115,7 +116,8 @@ def _spread(features: Tensor | None, tokens: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Committed:
-    """Affine maps (B, S, D), own order, of accepted tokens: under the condition, under none, under the guided sampler."""
+    """Affine maps (B, frames, N, D), raster order, of accepted tokens: under the condition, under none (None where the
+    pass was not needed), and of the guided sampler (None without guidance)."""
 
     model: Affine
     unconditional: Affine | None
@@ -138,10 +140,11 @@ class DeepBlock(Block):
         if text is not None:
             rotary, x = self._with_text(rotary, x, text)
         out = t.head(t.run(x, rotary)[:, -v.shape[1] :])
-        affine = affine_from_head(out, self.soft_clip)
-        return Affine(
-            *(self.to_raster(rearrange(a, "b (t n) d -> b t n d", n=tokens)) for a in affine)
-        )
+        return self._raster(affine_from_head(out, self.soft_clip), tokens)
+
+    def _raster(self, affine: Affine, tokens: int) -> Affine:
+        """(B, T * N, D) in own order to (B, T, N, D) in raster order."""
+        return Affine(*(self.to_raster(rearrange(a, "b (t n) d -> b t n d", n=tokens)) for a in affine))
 
     def _with_text(self, rotary: Rotary, x: Tensor, text: Tensor) -> tuple[Rotary, Tensor]:
         t = self.transformer
@@ -212,9 +215,7 @@ class DeepBlock(Block):
             for cohort in cache.cohorts if cache is not None else ():
                 cohort.release(frames * context.u.shape[2])
 
-    def _run(
-        self, v: Tensor, context: Context, cache: KVCache, features: Tensor | None
-    ) -> Affine:
+    def _run(self, v: Tensor, context: Context, cache: KVCache, features: Tensor | None) -> Affine:
         """Affine parameters of a run v (B, frames * N, D) behind the cached past."""
         t = self.transformer
         frames = v.shape[1] // context.u.shape[2]
@@ -316,6 +317,10 @@ class DeepBlock(Block):
             u=torch.cat((context.u, u), dim=1)[:, -context.window :],
             features=history,
         )
+        model, uncond, guided = (
+            None if a is None else self._raster(a, u.shape[2]) for a in (model, uncond, guided)
+        )
+        assert model is not None
         return after, Committed(model, uncond, guided)
 
     # ---- the window -----------------------------------------------------------------------------------------------
@@ -370,4 +375,3 @@ class DeepBlock(Block):
 
         uncond = None if context.uncond is None else roll(context.uncond, context.uncond_text)
         return replace(context, cache=roll(context.cache, context.text), uncond=uncond)
-

@@ -262,5 +262,3 @@ class Flow(nn.Module):
     ) -> Tensor:
         """Noisy tokens (B, T, N, D) to clean ones: ``x~ - 0.3 s(x~)``; see `Denoiser.score`."""
         return x - SCORE_SCALE * self.denoiser.score(x, grid, text, features, valid)
-
-

@@ -50,7 +50,9 @@ def config_from_published(arguments: Mapping[str, Any], **overrides: Any) -> Flo
     """
     unknown = sorted(set(arguments) - set(_ARGUMENTS) - set(_FIXED) - set(_IRRELEVANT))
     if unknown:
-        raise ConfigError(f"unknown model arguments {unknown}; known: {sorted({*_ARGUMENTS, *_FIXED, *_IRRELEVANT})}")
+        raise ConfigError(
+            f"unknown model arguments {unknown}; known: {sorted({*_ARGUMENTS, *_FIXED, *_IRRELEVANT})}"
+        )
     for name, value in _FIXED.items():
         if arguments.get(name, value) != value:
             raise ConfigError(f"model argument {name} is {arguments[name]!r}; STARFlow-V needs {value!r}")
@@ -58,7 +60,9 @@ def config_from_published(arguments: Mapping[str, Any], **overrides: Any) -> Flo
     values["layers_per_block"] = tuple(values["layers_per_block"])
     blocks = arguments.get("num_blocks", len(values["layers_per_block"]))
     if blocks != len(values["layers_per_block"]):
-        raise ConfigError(f"num_blocks is {blocks} but layers_per_block has {len(values['layers_per_block'])} entries")
+        raise ConfigError(
+            f"num_blocks is {blocks} but layers_per_block has {len(values['layers_per_block'])} entries"
+        )
     values.setdefault("top_channels", values["channels"])
     return FlowConfig(**{**values, **overrides})
 

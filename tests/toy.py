@@ -1,0 +1,102 @@
+"""Small random worlds: the real classes at a size that tests can afford."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import nn
+
+from worldmodel.checkpoint import WorldSpec, half_precision, write_world
+from worldmodel.codec.conv import ConvCodec, ConvCodecConfig
+from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
+from worldmodel.condition.spaces import packed_size, space_to_json
+from worldmodel.flow.flow import Flow, FlowConfig
+from worldmodel.heads import Heads, HeadsConfig
+from worldmodel.world import WorldModel
+
+FRAME = (32, 32)
+BOX = spaces.Box(-2.0, 2.0, (1,), np.float32)
+
+
+def randomise(module: nn.Module, seed: int, scale: float = 0.3) -> None:
+    """Give zero-initialised parameters values, so that nothing is the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        if not parameter.any():
+            parameter.data = (
+                scale * torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
+            )
+
+
+def toy_flow(seed: int = 0, **overrides: object) -> Flow:
+    """A flow with random weights, float32."""
+    values = {
+        "in_channels": 3,
+        "channels": 32,
+        "top_channels": 64,
+        "layers_per_block": (1, 1, 2),
+        "patch_size": 1,
+        "head_dim": 32,
+        "position_scale": 4.0,
+        "action_features": 8,
+        "noise_std": 0.3,
+        "window": 6,
+        "context": 3,
+        "denoiser_layers": 2,
+        "denoiser_window": 1,
+        "denoiser_look_ahead": 1,
+    }
+    torch.manual_seed(seed)
+    flow = Flow(FlowConfig(**{**values, **overrides}))
+    randomise(flow, seed)
+    return flow.eval().requires_grad_(False)
+
+
+def write_toy(path: Path, space: spaces.Space = BOX, seed: int = 0, **overrides: object) -> Path:
+    """A toy world directory with the given action space."""
+    flow = toy_flow(seed, **overrides)
+    codec = ConvCodec(
+        ConvCodecConfig(
+            height=FRAME[0],
+            width=FRAME[1],
+            latent_channels=flow.config.in_channels,
+            widths=(8, 16, 16),
+            encoder_blocks=(1, 0, 0),
+            decoder_blocks=(1, 0, 0),
+        )
+    )
+    codec.background.fill_(128.0)
+    randomise(codec, seed, 1.0)
+    cells = FRAME[0] // codec.spatial_stride, FRAME[1] // codec.spatial_stride
+    packed = packed_size(space)
+    actions = ActionEncoder(ActionEncoderConfig(packed, flow.config.action_features))
+    heads = Heads(HeadsConfig(flow.config.in_channels * cells[0] * cells[1], packed, 16))
+    spec = WorldSpec(
+        name="toy",
+        frame_size=FRAME,
+        fps=20.0,
+        action_space_json=space_to_json(space),
+        flow=flow.config,
+        codec=codec.config,
+        actions=actions.config,
+        heads=heads.config,
+    )
+    rng = np.random.default_rng(seed)
+    space.seed(seed)
+    sampled = [[space.sample() for _ in range(2)] for _ in range(5)]
+    starts = {
+        "frames": rng.integers(0, 256, (5, 2, 4, *FRAME, 3), dtype=np.uint8),
+        "actions": np.array(sampled) if not isinstance(space, spaces.Dict) else np.zeros((5, 2)),
+    }
+    parts = nn.ModuleDict({"flow": flow, "actions": actions})
+    tensors = {"flow": half_precision(parts), "codec": half_precision(codec), "heads": half_precision(heads)}
+    write_world(path, spec, tensors, starts, "# toy\n")
+    return path
+
+
+def toy_world(path: Path, space: spaces.Space = BOX, seed: int = 0, **overrides: object) -> WorldModel:
+    """A loaded toy world."""
+    return WorldModel.load(write_toy(path, space, seed, **overrides))

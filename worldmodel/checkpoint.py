@@ -1,0 +1,213 @@
+"""A world on disk: a directory of JSON and safetensors, checked before it is trusted.
+
+    world.json            format version, configuration, spaces, fps, provenance, measured quality
+    flow.safetensors      flow and action encoder      codec.safetensors      heads.safetensors
+    starts.npz            initial clips: frames (S, T, F, height, width, 3) uint8, actions (S, T, ...)
+    README.md             model card
+
+Weights may be stored as float16; they are computed with as float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from worldmodel.codec.conv import ConvCodec, ConvCodecConfig
+from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
+from worldmodel.condition.spaces import packed_size, space_from_json
+from worldmodel.errors import CheckpointError, ConfigError
+from worldmodel.files import (
+    config_from_dict,
+    config_to_dict,
+    load_tensors,
+    read_json,
+    save_tensors,
+    write_atomic,
+    write_json,
+)
+from worldmodel.flow.flow import Flow, FlowConfig
+from worldmodel.heads import Heads, HeadsConfig
+from worldmodel.sampling import Sampling
+
+WORLD_FORMAT = 1
+SHIPPED = Path(__file__).parent / "worlds"
+
+
+@dataclass(frozen=True)
+class WorldSpec:
+    """What ``world.json`` says, less the weights.
+
+    frame_size: (height, width) pixels. fps: pixel frames a second. environment: id and arguments of the real
+    environment it was learned from. reward_range, terminates: what the heads were fitted on. provenance: how it was
+    made. quality: measured on held-out episodes.
+    """
+
+    name: str
+    frame_size: tuple[int, int]
+    fps: float
+    action_space_json: dict[str, Any]
+    flow: FlowConfig
+    codec: ConvCodecConfig
+    actions: ActionEncoderConfig
+    heads: HeadsConfig
+    sampling: Sampling = Sampling()
+    environment: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, Any] = field(default_factory=dict)
+    format: int = WORLD_FORMAT
+
+    @cached_property
+    def action_space(self) -> spaces.Space[Any]:
+        """The Gymnasium space of one action."""
+        return space_from_json(self.action_space_json)
+
+
+@dataclass(frozen=True)
+class WorldFiles:
+    """The contents of a world directory, read and checked."""
+
+    spec: WorldSpec
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    starts: Mapping[str, np.ndarray]
+    fingerprint: str
+    path: Path
+
+    def build(self, device: torch.device | str) -> tuple[Flow, ConvCodec, ActionEncoder | None, Heads]:
+        """The modules, in evaluation mode, float32.
+
+        Raises:
+            CheckpointError: missing or unexpected keys, or wrong shapes; all of them are listed.
+        """
+        spec = self.spec
+        flow, codec, heads = Flow(spec.flow), ConvCodec(spec.codec), Heads(spec.heads)
+        actions = ActionEncoder(spec.actions) if spec.actions.packed else None
+        parts = {"flow": flow, "actions": actions} if actions is not None else {"flow": flow}
+        _load_strict(nn.ModuleDict(parts), self.tensors["flow"], self.path / "flow.safetensors")
+        _load_strict(codec, self.tensors["codec"], self.path / "codec.safetensors")
+        _load_strict(heads, self.tensors["heads"], self.path / "heads.safetensors")
+        for module in (flow, codec, heads, actions):
+            if module is not None:
+                module.to(device).eval().requires_grad_(False)
+        codec.to(memory_format=torch.channels_last)
+        return flow, codec, actions, heads
+
+
+def _load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    expected = module.state_dict()
+    missing = sorted(set(expected) - set(tensors))
+    extra = sorted(set(tensors) - set(expected))
+    wrong = sorted(
+        f"{k} {tuple(tensors[k].shape)} (expected {tuple(v.shape)})"
+        for k, v in expected.items()
+        if k in tensors and tensors[k].shape != v.shape
+    )
+    problems = [
+        f"{what}: {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}"
+        for what, keys in (("missing", missing), ("unexpected", extra), ("wrong shape", wrong))
+        if keys
+    ]
+    if problems:
+        raise CheckpointError(f"{where}: does not fit world.json; " + "; ".join(problems))
+    module.load_state_dict({k: v.to(expected[k].dtype) for k, v in tensors.items()})
+
+
+def find_world(name: str | Path) -> Path:
+    """The directory of a shipped world ("pendulum") or of a path.
+
+    Raises:
+        CheckpointError: neither; the message lists the worlds that ship.
+    """
+    shipped = sorted(p.name for p in SHIPPED.iterdir() if (p / "world.json").is_file())
+    path = Path(name)
+    if str(name) in shipped:
+        return SHIPPED / str(name)
+    if (path / "world.json").is_file():
+        return path
+    why = "no world.json in it" if path.is_dir() else "no such directory"
+    raise CheckpointError(
+        f"world {str(name)!r}: {why}; give a world directory or one of the shipped worlds: {', '.join(shipped) or 'none'}"
+    )
+
+
+def read_world(name: str | Path) -> WorldFiles:
+    """Read and check a world directory.
+
+    Raises:
+        CheckpointError: missing, corrupt or truncated files. ConfigError: unknown or missing keys in world.json.
+    """
+    path = find_world(name)
+    data = read_json(path / "world.json")
+    if data.get("format") != WORLD_FORMAT:
+        raise ConfigError(f"{path}/world.json: format {data.get('format')!r}, expected {WORLD_FORMAT}")
+    spec = config_from_dict(WorldSpec, data, f"{path}/world.json")
+    if packed_size(spec.action_space) != spec.actions.packed:
+        raise ConfigError(
+            f"{path}/world.json: actions.packed is {spec.actions.packed}, expected {packed_size(spec.action_space)}"
+        )
+    digest = hashlib.sha256()
+    tensors = {}
+    for part in ("flow", "codec", "heads"):
+        file = path / f"{part}.safetensors"
+        tensors[part] = load_tensors(file)
+        digest.update(file.read_bytes())
+    return WorldFiles(spec, tensors, _read_starts(path / "starts.npz", spec), digest.hexdigest(), path)
+
+
+def _read_starts(file: Path, spec: WorldSpec) -> Mapping[str, np.ndarray]:
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            starts = {key: archive[key] for key in ("frames", "actions")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({error!s:.80}); copy the world directory again"
+        ) from error
+    frames = starts["frames"]
+    if (
+        frames.dtype != np.uint8
+        or frames.ndim != 6
+        or frames.shape[3:] != (*spec.frame_size, 3)
+        or not len(frames)
+    ):
+        raise CheckpointError(
+            f"{file}: frames are {frames.dtype} {frames.shape}, expected uint8 (S, T, F, {spec.frame_size[0]}, {spec.frame_size[1]}, 3)"
+        )
+    return starts
+
+
+def write_world(
+    path: Path,
+    spec: WorldSpec,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    starts: Mapping[str, np.ndarray],
+    card: str,
+) -> None:
+    """Write a world directory; each file is replaced atomically, ``world.json`` last. Weights are stored as float16."""
+    path.mkdir(parents=True, exist_ok=True)
+    for part, values in tensors.items():
+        stored = {k: v.detach().cpu().contiguous() for k, v in values.items()}
+        save_tensors(path / f"{part}.safetensors", stored, {})
+    write_atomic(path / "starts.npz", lambda file: _write_starts(file, starts))
+    write_atomic(path / "README.md", lambda file: file.write_text(card))
+    write_json(path / "world.json", config_to_dict(spec))
+
+
+def _write_starts(file: Path, starts: Mapping[str, np.ndarray]) -> None:
+    with file.open("wb") as stream:
+        np.savez_compressed(stream, **starts)
+
+
+def half_precision(module: nn.Module) -> dict[str, Tensor]:
+    """A state dict with parameters as float16 and buffers as they are."""
+    parameters = dict(module.named_parameters())
+    return {k: v.half() if k in parameters else v for k, v in module.state_dict().items()}

@@ -1,0 +1,225 @@
+"""A small convolutional codec: a chunk of F frames, less the background, to one latent frame and back.
+
+Axis letters: B batch, T latent frames (chunks), F pixel frames of a chunk, C latent channels; h, w latent grid;
+height, width pixels. Inside, a chunk is one picture of 3 F channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from worldmodel.codec.base import CodecState
+from worldmodel.errors import CheckpointError, ConfigError, InputError
+from worldmodel.files import load_tensors, save_tensors
+
+PIXEL_SCALE = 128.0
+
+
+@dataclass(frozen=True)
+class ConvCodecConfig:
+    """Shape of the codec.
+
+    height, width: pixels of the background, multiples of the stride. frames: F. latent_channels: C. patch: pixels of
+    a cell's side at the finest level. widths: channels of each level, each at half the size of the one before.
+    encoder_blocks, decoder_blocks: residual blocks of each level.
+    """
+
+    height: int = 64
+    width: int = 64
+    frames: int = 4
+    latent_channels: int = 8
+    patch: int = 4
+    widths: tuple[int, ...] = (48, 96, 160)
+    encoder_blocks: tuple[int, ...] = (1, 1, 1)
+    decoder_blocks: tuple[int, ...] = (2, 2, 1)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError if the parts do not fit each other."""
+        if not len(self.widths) == len(self.encoder_blocks) == len(self.decoder_blocks) >= 1:
+            raise ConfigError("codec widths, encoder_blocks and decoder_blocks must have one entry a level")
+        if self.height % self.stride or self.width % self.stride:
+            raise ConfigError(f"frames of {self.height}x{self.width} are not multiples of stride {self.stride}")
+
+    @property
+    def stride(self) -> int:
+        """Pixels of a latent cell's side."""
+        return self.patch * 2 ** (len(self.widths) - 1)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around the identity; starts as the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, channels)
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, h, w) to the same."""
+        return x + self.second(F.silu(self.first(F.silu(self.norm(x)))))
+
+
+def _blocks(channels: int, count: int) -> list[nn.Module]:
+    return [ResidualBlock(channels) for _ in range(count)]
+
+
+def encoder(config: ConvCodecConfig) -> nn.Sequential:
+    """(B, 3F, height, width) to (B, C, h, w), not standardised."""
+    channels, size = 3 * config.frames, config.patch
+    layers: list[nn.Module] = []
+    for width, blocks in zip(config.widths, config.encoder_blocks, strict=True):
+        layers += [nn.PixelUnshuffle(size), nn.Conv2d(channels * size**2, width, 3, padding=1)]
+        layers += _blocks(width, blocks)
+        channels, size = width, 2
+    return nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(channels, config.latent_channels, 3, padding=1))
+
+
+def decoder(config: ConvCodecConfig) -> nn.Sequential:
+    """(B, C, h, w), standardised, to (B, 3F, height, width)."""
+    layers: list[nn.Module] = [nn.Conv2d(config.latent_channels, config.widths[-1], 3, padding=1)]
+    for level in reversed(range(len(config.widths))):
+        layers += _blocks(config.widths[level], config.decoder_blocks[level])
+        channels, size = (config.widths[level - 1], 2) if level else (3 * config.frames, config.patch)
+        last = nn.Conv2d(config.widths[level], channels * size**2, 3, padding=1)
+        layers += [*([] if level else [nn.SiLU()]), last, nn.PixelShuffle(size)]
+    nn.init.normal_(last.weight, std=1e-3)
+    return nn.Sequential(*layers)
+
+
+class ConvCodec(nn.Module):
+    """See the module's docstring. Chunks are coded alone: the streaming state is empty.
+
+    Buffers, fitted on the training data: ``background`` (3, height, width) in pixels, ``latent_mean`` and
+    ``latent_std`` (C, 1, 1).
+    """
+
+    background: Tensor
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: ConvCodecConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder(config)
+        self.decoder = decoder(config)
+        self.register_buffer("background", torch.zeros(3, config.height, config.width))
+        self.register_buffer("latent_mean", torch.zeros(config.latent_channels, 1, 1))
+        self.register_buffer("latent_std", torch.ones(config.latent_channels, 1, 1))
+
+    @property
+    def temporal_stride(self) -> int:
+        """F: pixel frames of a latent frame."""
+        return self.config.frames
+
+    @property
+    def first_frames(self) -> int:
+        """Pixel frames of the first latent frame: F, as of any other."""
+        return self.config.frames
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels of a latent cell's side."""
+        return self.config.stride
+
+    @property
+    def latent_channels(self) -> int:
+        """C."""
+        return self.config.latent_channels
+
+    def initial_state(self, batch: int) -> CodecState:
+        """An empty state: nothing is remembered between chunks."""
+        return {}
+
+    def to_input(self, chunks: Tensor) -> Tensor:
+        """Chunks (B, F, height, width, 3) uint8 to the difference from the background (B, 3F, height, width)."""
+        pixels = rearrange(chunks.float(), "B F height width c -> B F c height width")
+        difference = (pixels - self.background) / PIXEL_SCALE
+        channels = rearrange(difference, "B F c height width -> B (F c) height width")
+        return channels.contiguous(memory_format=torch.channels_last)
+
+    def to_pixels(self, output: Tensor) -> Tensor:
+        """What the decoder gives (B, 3F, height, width) to chunks (B, F, height, width, 3) uint8."""
+        difference = rearrange(output.float(), "B (F c) height width -> B F c height width", c=3)
+        pixels = (difference * PIXEL_SCALE + self.background).round().clamp(0, 255)
+        return rearrange(pixels, "B F c height width -> B F height width c").to(torch.uint8)
+
+    def encode(self, frames: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
+        """Frames (B, F T, height, width, 3) uint8 RGB to standardised latents (B, T, C, h, w) float32.
+
+        Raises:
+            InputError: frames of another shape or dtype.
+        """
+        size = (self.config.height, self.config.width, 3)
+        if frames.ndim != 5 or tuple(frames.shape[2:]) != size or frames.shape[1] % self.config.frames:
+            raise InputError(
+                f"frames have shape {tuple(frames.shape)}, expected (batch, a multiple of {self.config.frames}, "
+                f"{size[0]}, {size[1]}, 3)"
+            )
+        if frames.dtype != torch.uint8:
+            raise InputError(f"frames have dtype {frames.dtype}, expected uint8 RGB from 0 to 255")
+        batch = len(frames)
+        chunks = rearrange(frames, "B (T F) height width c -> (B T) F height width c", F=self.config.frames)
+        latents = (self.encoder(self.to_input(chunks)) - self.latent_mean) / self.latent_std
+        return rearrange(latents.contiguous(), "(B T) C h w -> B T C h w", B=batch), state
+
+    def decode(self, latents: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
+        """Standardised latents (B, T, C, h, w) to frames (B, F T, height, width, 3) uint8 RGB.
+
+        Raises:
+            InputError: latents of another shape or not floating point.
+        """
+        config = self.config
+        size = (config.latent_channels, config.height // config.stride, config.width // config.stride)
+        if latents.ndim != 5 or tuple(latents.shape[2:]) != size or not latents.is_floating_point():
+            raise InputError(
+                f"latents have shape {tuple(latents.shape)} and dtype {latents.dtype}, "
+                f"expected floating point (batch, time, {', '.join(map(str, size))})"
+            )
+        batch = len(latents)
+        rows = rearrange(latents, "B T C h w -> (B T) C h w").contiguous(memory_format=torch.channels_last)
+        chunks = self.to_pixels(self.decoder(rows))
+        return rearrange(chunks, "(B T) F height width c -> B (T F) height width c", B=batch), state
+
+
+def save_codec(path: Path, codec: ConvCodec) -> None:
+    """Weights as float16, which must represent them exactly (see `round_to_half`), and buffers as float32.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    weights = {name: weight.half() for name, weight in codec.named_parameters()}
+    save_tensors(path, weights | dict(codec.named_buffers()))
+
+
+def load_codec(path: Path, config: ConvCodecConfig) -> ConvCodec:
+    """The codec that `save_codec` wrote, frozen, in float32.
+
+    Raises:
+        CheckpointError: the file is missing, corrupt, or does not fit the configuration.
+    """
+    codec = ConvCodec(config)
+    tensors = {name: tensor.float() for name, tensor in load_tensors(path).items()}
+    expected = codec.state_dict()
+    missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    misfits = [n for n in expected if n in tensors and tensors[n].shape != expected[n].shape]
+    if missing or extra or misfits:
+        raise CheckpointError(
+            f"{path} does not fit its configuration: missing {missing}, unknown {extra}, of another shape {misfits}"
+        )
+    codec.load_state_dict(tensors)
+    return codec.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def round_to_half(module: nn.Module) -> None:
+    """Round every parameter, in place, to the nearest value that float16 represents."""
+    for weight in module.parameters():
+        weight.copy_(weight.half().float())

@@ -1,0 +1,1 @@
+"""Actions and prompts become conditions of the flow."""

@@ -1,0 +1,43 @@
+"""Packed actions to the features that the deep block and the denoiser add to their inputs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ActionEncoderConfig:
+    """packed: P, floats of a packed action (0: the world takes no actions). features: E. harmonics: Fourier features."""
+
+    packed: int
+    features: int = 64
+    harmonics: int = 3
+
+
+class ActionEncoder(nn.Module):
+    """(..., P) packed actions in [-1, 1] to (..., E) features; no action is the zero vector.
+
+    Absent actions and an untrained (zero-initialised) projection add nothing, so a checkpoint without actions is
+    unchanged until it is fine-tuned.
+    """
+
+    def __init__(self, config: ActionEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        inputs = config.packed * (1 + 2 * config.harmonics)
+        self.layers = nn.Sequential(
+            nn.Linear(inputs, config.features), nn.SiLU(), nn.Linear(config.features, config.features)
+        )
+
+    def forward(self, packed: Tensor, present: Tensor) -> Tensor:
+        """packed (..., P) float, present (...,) bool to features (..., E)."""
+        scale = (
+            math.pi / 2 * torch.arange(1, self.config.harmonics + 1, device=packed.device, dtype=packed.dtype)
+        )
+        angles = (packed[..., None] * scale).flatten(-2)
+        inputs = torch.cat((packed, angles.sin(), angles.cos()), dim=-1)
+        return self.layers(inputs) * present[..., None].to(packed.dtype)

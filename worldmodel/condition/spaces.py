@@ -1,0 +1,129 @@
+"""Gymnasium spaces as JSON and back, and actions checked against them. No code is ever evaluated."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from worldmodel.errors import ConfigError, InputError
+
+_DTYPES = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
+
+
+def space_to_json(space: spaces.Space[Any]) -> dict[str, Any]:
+    """A JSON object for Discrete, MultiDiscrete, Box, Dict and Text.
+
+    Raises:
+        ConfigError: another kind of space.
+    """
+    if isinstance(space, spaces.Discrete):
+        return {"kind": "Discrete", "n": int(space.n), "start": int(space.start)}
+    if isinstance(space, spaces.MultiDiscrete):
+        return {"kind": "MultiDiscrete", "nvec": np.asarray(space.nvec).tolist()}
+    if isinstance(space, spaces.Box):
+        bounds = {name: [str(float(x)) for x in getattr(space, name).flat] for name in ("low", "high")}
+        return {"kind": "Box", "shape": list(space.shape), "dtype": str(space.dtype), **bounds}
+    if isinstance(space, spaces.Dict):
+        return {"kind": "Dict", "spaces": {k: space_to_json(v) for k, v in space.spaces.items()}}
+    if isinstance(space, spaces.Text):
+        return {"kind": "Text", "max_length": int(space.max_length)}
+    raise ConfigError(
+        f"action space {space} is not supported; use Discrete, MultiDiscrete, Box, Dict or Text"
+    )
+
+
+def space_from_json(data: Mapping[str, Any]) -> spaces.Space[Any]:
+    """The space that `space_to_json` wrote.
+
+    Raises:
+        ConfigError: not such an object.
+    """
+    try:
+        kind = data["kind"]
+        if kind == "Discrete":
+            return spaces.Discrete(int(data["n"]), start=int(data.get("start", 0)))
+        if kind == "MultiDiscrete":
+            return spaces.MultiDiscrete(np.asarray(data["nvec"], dtype=np.int64))
+        if kind == "Box":
+            if data["dtype"] not in _DTYPES:
+                raise ConfigError(f"Box dtype {data['dtype']!r} is not one of {', '.join(_DTYPES)}")
+            shape = tuple(int(n) for n in data["shape"])
+            low, high = (
+                np.array([float(x) for x in data[name]], dtype=data["dtype"]).reshape(shape)
+                for name in ("low", "high")
+            )
+            return spaces.Box(low, high, shape, getattr(np, data["dtype"]))
+        if kind == "Dict":
+            return spaces.Dict({k: space_from_json(v) for k, v in data["spaces"].items()})
+        if kind == "Text":
+            return spaces.Text(int(data["max_length"]), charset=string.printable)
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"not a description of a space: {data!r:.120} ({error})") from error
+    raise ConfigError(f"unknown kind of space {kind!r}; expected Discrete, MultiDiscrete, Box, Dict or Text")
+
+
+def packed_size(space: spaces.Space[Any]) -> int:
+    """P, the number of floats of one packed action; 0 for Text, which conditions as a prompt."""
+    return 0 if isinstance(space, spaces.Text) else int(spaces.flatdim(space))
+
+
+def pack_actions(space: spaces.Space[Any], actions: Any, rows: int) -> np.ndarray:
+    """A batch of actions to (rows, P) float32 in [-1, 1]: one-hot for discrete parts, bounds mapped to -1 and 1 for Box.
+
+    ``actions`` has ``rows`` on its first axis (a dict of such arrays for Dict).
+
+    Raises:
+        InputError: wrong shape or type, NaN, or out of range; the message names the first bad row.
+    """
+    if isinstance(space, spaces.Dict):
+        if not isinstance(actions, Mapping) or set(actions) != set(space.spaces):
+            raise InputError(f"action must be a dict with keys {sorted(space.spaces)}, got {_short(actions)}")
+        parts = [pack_actions(sub, actions[key], rows) for key, sub in space.spaces.items()]
+        return np.concatenate(parts, axis=1)
+    array = np.asarray(actions)
+    shape = (rows, *(space.shape or ()))
+    if array.dtype == object or array.dtype.kind not in "fiub" or array.shape != shape:
+        raise InputError(
+            f"action has shape {array.shape} and dtype {array.dtype}, expected {shape} of {space.dtype}"
+        )
+    if isinstance(space, spaces.Box):
+        return _pack_box(space, array)
+    if array.dtype.kind not in "iu":
+        raise InputError(f"action has dtype {array.dtype}, expected integers for {space}")
+    if isinstance(space, spaces.Discrete):
+        return _one_hot(array.astype(np.int64) - int(space.start), int(space.n), space)
+    if isinstance(space, spaces.MultiDiscrete):
+        columns = array.reshape(rows, -1).astype(np.int64)
+        sizes = np.asarray(space.nvec).reshape(-1)
+        return np.concatenate(
+            [_one_hot(c, int(n), space) for c, n in zip(columns.T, sizes, strict=True)], axis=1
+        )
+    raise InputError(f"actions of {space} cannot be packed")
+
+
+def _pack_box(space: spaces.Box, array: np.ndarray) -> np.ndarray:
+    values = array.astype(np.float64).reshape(len(array), -1)
+    low, high = (np.asarray(b, dtype=np.float64).reshape(-1) for b in (space.low, space.high))
+    slack = 1e-6 * np.maximum(1.0, np.abs(np.where(np.isfinite(high), high, 1.0)))
+    good = np.isfinite(values) & (values >= low - slack) & (values <= high + slack)
+    if not good.all():
+        row = int(np.argwhere(~good)[0][0])
+        raise InputError(f"action {array[row]} (row {row}) is outside {space}")
+    bounded = np.isfinite(low) & np.isfinite(high) & (high > low)
+    centre, half = np.where(bounded, (high + low) / 2, 0.0), np.where(bounded, (high - low) / 2, 1.0)
+    return ((values - centre) / half).astype(np.float32)
+
+
+def _one_hot(index: np.ndarray, n: int, space: spaces.Space[Any]) -> np.ndarray:
+    if ((index < 0) | (index >= n)).any():
+        row = int(np.argwhere((index < 0) | (index >= n))[0][0])
+        raise InputError(f"action of row {row} is outside {space}")
+    return np.eye(n, dtype=np.float32)[index]
+
+
+def _short(value: Any) -> str:
+    return f"{sorted(value)}" if isinstance(value, Mapping) else type(value).__name__

@@ -1,0 +1,39 @@
+"""Counter-based noise: a function of (seed, branch, step, stream), the same on every device and in every batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SAMPLE, OBSERVE, SCORE = 0, 1, 2
+"""Streams: noise of an imagined chunk, noise added to a real one, noise of extra scoring draws."""
+
+_MASK = (1 << 64) - 1
+
+
+def child_branch(branch: int, child: int) -> int:
+    """Branch id of a fork's child; child 0 keeps its parent's, so ``fork(1)`` continues the same sequence."""
+    if child == 0:
+        return branch
+    x = (branch * 0x9E3779B97F4A7C15 + child * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & _MASK
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = ((x ^ (x >> shift)) * factor) & _MASK
+    return (x ^ (x >> 31)) & (_MASK >> 1)
+
+
+def normal(
+    seeds: Tensor, branches: Tensor, steps: Tensor, stream: int, shape: tuple[int, ...], draw: int = 0
+) -> Tensor:
+    """Standard normal noise (B, *shape) float32 on the CPU; row b depends on its own (seed, branch, step) alone.
+
+    Philox 4x64 (Salmon et al., SC 2011) keyed by (seed, branch); the counter holds step, stream and draw.
+    """
+    rows = []
+    for seed, branch, step in zip(seeds.tolist(), branches.tolist(), steps.tolist(), strict=True):
+        bits = np.random.Philox(
+            key=np.array([seed & _MASK, branch & _MASK], dtype=np.uint64),
+            counter=np.array([0, step, stream, draw], dtype=np.uint64),
+        )
+        rows.append(np.random.Generator(bits).standard_normal(shape, dtype=np.float32))
+    return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, *shape)

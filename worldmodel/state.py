@@ -1,0 +1,214 @@
+"""`WorldState`: everything a session is, as one frozen record. Nothing about a session lives anywhere else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from worldmodel.errors import CheckpointError
+from worldmodel.files import load_metadata, load_tensors, save_tensors
+from worldmodel.flow.cache import Cohort, KVCache, Page, Segment
+from worldmodel.flow.deep import Context, repeat_rows
+from worldmodel.noise import child_branch
+
+STATE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class WorldState:
+    """The state of B sessions of one world.
+
+    context: the deep block's past (K/V pages, last inputs, action features, prompts).
+    noisy: (B, R, N, D) the last noisy tokens, right-aligned, for the denoiser. latent: (B, C, h, w) the last clean
+    latent. codec: the codec's streaming state, rows on axis 0. seeds, branches, steps: (B,) int64, what the noise is a
+    function of; ``steps`` counts the chunks of a session. log_prob: (B,) float64, nats of all chunks since the start.
+    """
+
+    context: Context
+    noisy: Tensor
+    latent: Tensor
+    codec: Mapping[str, Tensor]
+    seeds: Tensor
+    branches: Tensor
+    steps: Tensor
+    log_prob: Tensor
+
+    @property
+    def rows(self) -> int:
+        """B, the number of sessions."""
+        return len(self.steps)
+
+    @property
+    def context_frames(self) -> Tensor:
+        """(B,) int64: latent frames in the context."""
+        return torch.tensor(self.context.frames, dtype=torch.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: K/V in view (shared pages once) and all other tensors."""
+        caches = [self.context.cache] + ([self.context.uncond] if self.context.uncond is not None else [])
+        return sum(c.nbytes for c in caches) + sum(
+            t.untyped_storage().nbytes() for t in self._tensors().values()
+        )
+
+    def fork(self, n: int) -> WorldState:
+        """Each session becomes ``n`` consecutive ones that share its past; child 0 keeps the parent's noise.
+
+        Raises:
+            ValueError: n < 1.
+        """
+        if n < 1:
+            raise ValueError(f"fork({n}): expected at least 1")
+        branches = [child_branch(int(b), child) for b in self.branches.tolist() for child in range(n)]
+        return WorldState(
+            self.context.fork(n),
+            repeat_rows(self.noisy, n),
+            repeat_rows(self.latent, n),
+            {k: repeat_rows(v, n) for k, v in self.codec.items()},
+            self.seeds.repeat_interleave(n),
+            torch.tensor(branches, dtype=torch.int64),
+            self.steps.repeat_interleave(n),
+            self.log_prob.repeat_interleave(n),
+        )
+
+    def select(self, indices: Sequence[int]) -> WorldState:
+        """The given sessions, in that order; an index may come more than once.
+
+        Raises:
+            IndexError: an index out of range.
+        """
+        rows = [int(i) for i in indices]
+        if any(not -self.rows <= i < self.rows for i in rows):
+            raise IndexError(f"select({rows}): this state has {self.rows} sessions")
+        rows = [i % self.rows for i in rows]
+        index = torch.tensor(rows, dtype=torch.int64)
+        on_device = index.to(self.noisy.device)
+        return WorldState(
+            self.context.select(rows),
+            self.noisy[on_device],
+            self.latent[on_device],
+            {k: v[on_device] for k, v in self.codec.items()},
+            self.seeds[index],
+            self.branches[index],
+            self.steps[index],
+            self.log_prob[index],
+        )
+
+    @staticmethod
+    def concat(states: Sequence[WorldState]) -> WorldState:
+        """Sessions of several states in one batch; K/V pages are shared, not copied."""
+        if len(states) == 1:
+            return states[0]
+
+        def join(name: str) -> Tensor:
+            return torch.cat([getattr(s, name) for s in states])
+
+        return WorldState(
+            Context.concat([s.context for s in states]),
+            join("noisy"),
+            join("latent"),
+            {k: torch.cat([s.codec[k] for s in states]) for k in states[0].codec},
+            join("seeds"),
+            join("branches"),
+            join("steps"),
+            join("log_prob"),
+        )
+
+    def reseed(self, seeds: Sequence[int]) -> WorldState:
+        """The same sessions with other noise from here on; ``seeds`` (B,)."""
+        new = torch.tensor([int(s) for s in seeds], dtype=torch.int64)
+        return replace(self, seeds=new, branches=torch.zeros_like(new))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        c = self.context
+        named = {
+            "u": c.u,
+            "features": c.features,
+            "text": c.text,
+            "uncond_text": c.uncond_text,
+            "noisy": self.noisy,
+            "latent": self.latent,
+            "seeds": self.seeds,
+            "branches": self.branches,
+            "steps": self.steps,
+            "log_prob": self.log_prob,
+            **{f"codec.{k}": v for k, v in self.codec.items()},
+        }
+        return {k: v for k, v in named.items() if v is not None}
+
+    def save(self, path: str | Path, world: str) -> None:
+        """Write the state to one safetensors file, atomically; ``world`` is the fingerprint of its world."""
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self._tensors().items()}
+        layout: dict[str, list[dict[str, object]]] = {}
+        for name, cache in (("cache", self.context.cache), ("uncond", self.context.uncond)):
+            if cache is None:
+                continue
+            layout[name] = []
+            for i, cohort in enumerate(cache.cohorts):
+                folds = []
+                for j, segment in enumerate(cohort.segments):
+                    tensors[f"{name}.{i}.{j}"] = segment.kv.detach().cpu().contiguous()
+                    folds.append(segment.fold)
+                layout[name].append(
+                    {
+                        "rows": cohort.rows,
+                        "frames": cohort.frames,
+                        "first": cohort.first,
+                        "prefix": cohort.prefix,
+                        "folds": folds,
+                    }
+                )
+        header = {"format": STATE_FORMAT, "world": world, "grid": self.context.grid, "layout": layout}
+        save_tensors(Path(path), tensors, {"worldmodel_state": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path, world: str, device: torch.device | str = "cpu") -> WorldState:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: not a state, corrupt, of another format version, or of another world.
+        """
+        tensors, metadata = load_tensors(Path(path)), load_metadata(Path(path))
+        try:
+            header = json.loads(metadata["worldmodel_state"])
+            if header["format"] != STATE_FORMAT:
+                raise CheckpointError(f"{path}: state format {header['format']}, expected {STATE_FORMAT}")
+            if header["world"] != world:
+                raise CheckpointError(
+                    f"{path}: saved from another world; load it with the world that wrote it"
+                )
+            tensors = {k: v.to(device) for k, v in tensors.items()}
+
+            def cache(name: str) -> KVCache | None:
+                if name not in header["layout"]:
+                    return None
+                cohorts = []
+                for i, c in enumerate(header["layout"][name]):
+                    segments = []
+                    for j, fold in enumerate(c["folds"]):
+                        kv = tensors[f"{name}.{i}.{j}"]
+                        segments.append(Segment(Page(kv, kv.shape[-2]), 0, kv.shape[-2], fold))
+                    cohorts.append(Cohort(c["rows"], c["frames"], c["first"], tuple(segments), c["prefix"]))
+                return KVCache(tuple(cohorts))
+
+            kept = cache("cache")
+            assert kept is not None
+            context = Context(
+                (int(header["grid"][0]), int(header["grid"][1])),
+                kept,
+                cache("uncond"),
+                tensors["u"],
+                tensors.get("features"),
+                tensors.get("text"),
+                tensors.get("uncond_text"),
+            )
+            codec = {k.removeprefix("codec."): v for k, v in tensors.items() if k.startswith("codec.")}
+            counters = [tensors[k].cpu() for k in ("seeds", "branches", "steps", "log_prob")]
+            return cls(context, tensors["noisy"], tensors["latent"], codec, *counters)
+        except (KeyError, TypeError, ValueError, AssertionError) as error:
+            raise CheckpointError(f"{path}: not a saved world state ({error!r:.80})") from error

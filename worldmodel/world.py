@@ -1,0 +1,422 @@
+"""`WorldModel`: weights and pure functions from one `WorldState` to the next.
+
+`step` imagines: noise -> deep block (Jacobi) -> u -> shallow blocks inverse -> noisy latent x~. `observe` takes what
+really happened: frames -> codec -> + noise -> x~. From x~ on both go the same way (`_commit`): shallow blocks forward
+-> u, one causal pass of the deep block that writes exact K/V and yields the exact density of x~. Then the denoiser and
+the codec make frames of an imagined one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldmodel.checkpoint import WorldFiles, WorldSpec, read_world
+from worldmodel.codec.base import Codec
+from worldmodel.condition.actions import ActionEncoder
+from worldmodel.condition.spaces import pack_actions
+from worldmodel.errors import InputError, WorldModelError
+from worldmodel.flow.affine import standard_normal_log_prob
+from worldmodel.flow.deep import Context
+from worldmodel.flow.flow import Flow
+from worldmodel.heads import Heads
+from worldmodel.noise import OBSERVE, SAMPLE, SCORE, normal
+from worldmodel.sampling import Sampling
+from worldmodel.state import WorldState
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one step adds to B sessions. Likelihoods are of the *noised latent* x~ at the model's noise level.
+
+    frames: (B, F, height, width, 3) uint8 RGB, imagined or as observed. latent: (B, C, h, w) clean latent.
+    log_prob: (B,) float64 nats of the chunk given past and action, exact for x~ as committed. guided_log_prob: the same under the
+    guided sampler, or None. action_gain: (B,) nats, ``log p(chunk | action) - log p(chunk | no action)``.
+    log_prob_map: (B, h, w) nats a latent cell, summing to log_prob. noise: (B, C, h, w) the z that x~ maps to; given
+    back to `WorldModel.step` it reproduces the chunk. reward, termination: (B,). sweeps: (B,) deep Jacobi sweeps, 0 for
+    an observed chunk; residual: (B,) relative mean squared change of the last sweep. context_frames: (B,) latent frames it was conditioned on.
+    """
+
+    frames: Tensor
+    latent: Tensor
+    log_prob: Tensor
+    guided_log_prob: Tensor | None
+    action_gain: Tensor
+    log_prob_map: Tensor
+    noise: Tensor
+    reward: Tensor
+    termination: Tensor
+    sweeps: Tensor
+    residual: Tensor
+    context_frames: Tensor
+
+    @property
+    def bits_per_dim(self) -> Tensor:
+        """(B,) float64: bits per latent dimension."""
+        return -self.log_prob / (self.latent[0].numel() * math.log(2.0))
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely real frames are, averaged over K noise draws; (B,) float64 each.
+
+    log_prob: log-mean-exp over draws of the density of x~, nats. rate: mean over draws of -log_prob, nats a chunk.
+    bits_per_dim: ``rate`` in bits per latent dimension. action_gain: mean over draws, nats. noise_square: mean over
+    draws and dimensions of z^2 (1 in expectation for what the model knows).
+    """
+
+    log_prob: Tensor
+    rate: Tensor
+    bits_per_dim: Tensor
+    action_gain: Tensor
+    noise_square: Tensor
+
+
+class WorldModel:
+    """A world: flow, codec, action encoder, heads, starts. Holds weights, no session; every method is pure."""
+
+    def __init__(
+        self,
+        spec: WorldSpec,
+        flow: Flow,
+        codec: Codec,
+        actions: ActionEncoder | None,
+        heads: Heads,
+        starts: Mapping[str, np.ndarray],
+        fingerprint: str = "",
+    ) -> None:
+        self.spec = spec
+        self.flow = flow
+        self.codec = codec
+        self.actions = actions
+        self.heads = heads
+        self.starts = starts
+        self.fingerprint = fingerprint
+
+    @classmethod
+    def load(cls, name: str | Path, device: torch.device | str = "cpu") -> WorldModel:
+        """A world that ships with the package ("pendulum") or a world directory.
+
+        Raises:
+            CheckpointError: no such world, or a corrupt or truncated one. ConfigError: an unknown or missing key.
+        """
+        files: WorldFiles = read_world(name)
+        flow, codec, actions, heads = files.build(device)
+        return cls(files.spec, flow, codec, actions, heads, files.starts, files.fingerprint)
+
+    # ---- geometry ---------------------------------------------------------------------------------------------------
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.flow.deep.sos.device
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of a latent frame."""
+        (height, width), stride = self.spec.frame_size, self.codec.spatial_stride
+        return self.codec.latent_channels, height // stride, width // stride
+
+    @cached_property
+    def grid(self) -> tuple[int, int]:
+        """Tokens (h, w) of a latent frame."""
+        return self.flow.grid(self.latent_shape[1:])
+
+    @property
+    def chunk_frames(self) -> int:
+        """F, pixel frames of a chunk."""
+        return self.codec.temporal_stride
+
+    @property
+    def frames_shape(self) -> tuple[int, int, int, int]:
+        """(F, height, width, 3) of one chunk."""
+        return (self.chunk_frames, *self.spec.frame_size, 3)
+
+    # ---- sessions -----------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def initial_state(self, seeds: Sequence[int]) -> WorldState:
+        """Sessions with an empty past, one a seed; the first chunk is then unconditional on a past."""
+        rows, config = len(seeds), self.flow.config
+        reach = min(config.window, self.flow.denoiser.reach)
+        tokens, dim = self.grid[0] * self.grid[1], config.token_dim
+        codec = self.codec.initial_state(rows)
+        zero = torch.zeros(rows, dtype=torch.int64)
+        return WorldState(
+            self.flow.deep.start(rows, self.grid, config.window, features=config.action_features),
+            torch.zeros(rows, reach, tokens, dim, device=self.device),
+            torch.zeros(rows, *self.latent_shape, device=self.device),
+            codec,
+            torch.tensor([int(s) for s in seeds], dtype=torch.int64),
+            zero,
+            zero.clone(),
+            torch.zeros(rows, dtype=torch.float64),
+        )
+
+    def reset(
+        self, seeds: Sequence[int], starts: Sequence[int] | None = None
+    ) -> tuple[WorldState, list[Chunk]]:
+        """Sessions that begin with real clips from the world's own bank: the state, and the chunks observed.
+
+        ``starts`` (B,) picks the clips; by default each session's seed does.
+
+        Raises:
+            InputError: an index outside the bank.
+        """
+        bank = self.starts["frames"]
+        if starts is None:
+            starts = [int(np.random.default_rng(int(s)).integers(len(bank))) for s in seeds]
+        if len(starts) != len(seeds) or any(not 0 <= int(i) < len(bank) for i in starts):
+            raise InputError(
+                f"starts {list(starts)}: expected {len(seeds)} indices into a bank of {len(bank)}"
+            )
+        index = np.asarray(starts, dtype=np.int64)
+        actions = self.starts["actions"][index] if self.actions is not None else None
+        return self.observe_clip(self.initial_state(seeds), bank[index], actions)
+
+    def observe_clip(
+        self, state: WorldState, frames: np.ndarray | Tensor, actions: np.ndarray | None
+    ) -> tuple[WorldState, list[Chunk]]:
+        """Observe several chunks: frames (B, T, F, height, width, 3) uint8, actions (B, T, ...) or None."""
+        chunks = []
+        for t in range(frames.shape[1]):
+            state, chunk = self.observe(state, frames[:, t], None if actions is None else actions[:, t])
+            chunks.append(chunk)
+        return state, chunks
+
+    # ---- the verbs ------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def step(
+        self,
+        state: WorldState,
+        action: Any = None,
+        sampling: Sampling | None = None,
+        noise: Tensor | None = None,
+    ) -> tuple[WorldState, Chunk]:
+        """Imagine the next chunk of every session.
+
+        ``action``: (B, ...) in the world's action space, or None for no action. ``noise``: (B, C, h, w) replaces the
+        session's own random stream, e.g. with a chunk's inferred one for a counterfactual.
+
+        Raises:
+            InputError: wrong shape, dtype or range. WorldModelError: the model returned a value that is not finite.
+        """
+        sampling = sampling or self.spec.sampling
+        packed, features = self._action(action, state.rows)
+        if noise is None:
+            noise = normal(state.seeds, state.branches, state.steps, SAMPLE, self.latent_shape)
+            noise = noise * sampling.temperature
+        elif tuple(noise.shape) != (state.rows, *self.latent_shape) or not torch.isfinite(noise).all():
+            raise InputError(
+                f"noise has shape {tuple(noise.shape)}, expected finite {(state.rows, *self.latent_shape)}"
+            )
+        w = self.flow.tokens(noise[:, None].to(self.device))[:, 0]
+        context = self._room(state.context, sampling)
+        solved = self.flow.deep.solve(context, w, features, sampling.guidance, sampling.tolerance)
+        x, _ = self.flow.shallow_inverse(solved.v[:, None], self.grid, sampling.tolerance)
+        after, chunk = self._commit(state, context, x, features, packed, sampling.guidance)
+        noisy, steps = after.noisy, after.steps.clamp(max=after.noisy.shape[1])
+        frames_back = int(steps.max())
+        valid = torch.arange(frames_back)[None] >= frames_back - steps[:, None]
+        clean = self.flow.denoise(
+            noisy[:, -frames_back:],
+            self.grid,
+            after.context.text,
+            None if after.context.features is None else after.context.features[:, -frames_back:],
+            None if bool(valid.all()) else valid.to(self.device),
+        )[:, -1:]
+        latent = self.flow.latents(clean, self.grid)[:, 0]
+        frames, codec = self.codec.decode(latent[:, None], state.codec)
+        outcome = self.heads(state.latent, latent, packed)
+        chunk = replace(
+            chunk,
+            frames=frames,
+            latent=latent,
+            reward=outcome.reward,
+            termination=outcome.termination,
+            sweeps=solved.sweeps,
+            residual=solved.residual,
+        )
+        return replace(after, latent=latent, codec=codec), chunk
+
+    @torch.no_grad()
+    def observe(
+        self, state: WorldState, frames: np.ndarray | Tensor, action: Any = None
+    ) -> tuple[WorldState, Chunk]:
+        """Advance every session by a real chunk: frames (B, F, height, width, 3) uint8, caused by ``action``.
+
+        Leaves the state in the same form as `step`; the noise added to the latent is the session's own.
+
+        Raises:
+            InputError: wrong shape, dtype or range.
+        """
+        packed, features = self._action(action, state.rows)
+        pixels, latent, codec = self._encode(state, frames)
+        noise = normal(state.seeds, state.branches, state.steps, OBSERVE, self.latent_shape)
+        x = self.flow.tokens((latent + self.flow.config.noise_std * noise.to(self.device))[:, None])
+        context = self._room(state.context, self.spec.sampling)
+        after, chunk = self._commit(state, context, x, features, packed, 0.0)
+        outcome = self.heads(state.latent, latent, packed)
+        chunk = replace(
+            chunk, frames=pixels, latent=latent, reward=outcome.reward, termination=outcome.termination
+        )
+        return replace(after, latent=latent, codec=codec), chunk
+
+    @torch.no_grad()
+    def score(
+        self, state: WorldState, frames: np.ndarray | Tensor, action: Any = None, draws: int = 1
+    ) -> Score:
+        """How likely a real chunk is, without changing anything; see `Score`. Draw 0 is what `observe` would add.
+
+        Raises:
+            InputError: wrong shape, dtype or range, or draws < 1.
+        """
+        if draws < 1:
+            raise InputError(f"draws is {draws}, expected at least 1")
+        packed, features = self._action(action, state.rows)
+        _, latent, _ = self._encode(state, frames)
+        context = self._room(state.context, self.spec.sampling, reserve=False)
+        results = []
+        for draw in range(draws):
+            stream = OBSERVE if draw == 0 else SCORE
+            noise = normal(state.seeds, state.branches, state.steps, stream, self.latent_shape, draw)
+            x = self.flow.tokens((latent + self.flow.config.noise_std * noise.to(self.device))[:, None])
+            reserved = self.flow.deep.reserve(context)
+            _, chunk = self._commit(state, reserved, x, features, packed, 0.0)
+            self.flow.deep.release(reserved)
+            results.append(chunk)
+        log_prob = torch.stack([c.log_prob for c in results])
+        rate = -log_prob.mean(0)
+        return Score(
+            torch.logsumexp(log_prob, 0) - math.log(draws),
+            rate,
+            rate / (math.prod(self.latent_shape) * math.log(2.0)),
+            torch.stack([c.action_gain for c in results]).mean(0),
+            torch.stack([c.noise.double().square().mean((1, 2, 3)).cpu() for c in results]).mean(0),
+        )
+
+    def infer_noise(self, state: WorldState, frames: np.ndarray | Tensor, action: Any = None) -> Tensor:
+        """The noise (B, C, h, w) under which `step` from this state would have imagined this chunk's noisy latent."""
+        return self.observe(state, frames, action)[1].noise
+
+    def rollout(
+        self, state: WorldState, actions: Any, sampling: Sampling | None = None
+    ) -> tuple[WorldState, list[Chunk]]:
+        """Imagine T chunks: ``actions`` (B, T, ...), or a dict of such arrays."""
+
+        def at(t: int) -> Any:
+            return {k: v[:, t] for k, v in actions.items()} if isinstance(actions, Mapping) else actions[:, t]
+
+        horizon = (
+            len(next(iter(actions.values()))[0]) if isinstance(actions, Mapping) else np.shape(actions)[1]
+        )
+        chunks = []
+        for t in range(horizon):
+            state, chunk = self.step(state, at(t), sampling)
+            chunks.append(chunk)
+        return state, chunks
+
+    def save_state(self, state: WorldState, path: str | Path) -> None:
+        """Write a state to one file, atomically; see `WorldState.save`."""
+        state.save(path, self.fingerprint)
+
+    def load_state(self, path: str | Path) -> WorldState:
+        """Read a state that this world saved; see `WorldState.load`."""
+        return WorldState.load(path, self.fingerprint, self.device)
+
+    # ---- parts ----------------------------------------------------------------------------------------------------------
+    def _action(self, action: Any, rows: int) -> tuple[Tensor, Tensor | None]:
+        """Packed actions (B, P) and their features (B, 1, E)."""
+        if self.actions is None:
+            if action is not None:
+                raise InputError("this world takes no actions; pass action=None")
+            return torch.zeros(rows, 0, device=self.device), None
+        size = self.actions.config.packed
+        if action is None:
+            return torch.zeros(rows, size, device=self.device), None
+        packed = torch.from_numpy(pack_actions(self.spec.action_space, action, rows)).to(self.device)
+        present = torch.ones(rows, dtype=torch.bool, device=self.device)
+        return packed, self.actions(packed, present)[:, None]
+
+    def _encode(
+        self, state: WorldState, frames: np.ndarray | Tensor
+    ) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+        pixels = torch.as_tensor(frames)
+        expected = (state.rows, *self.frames_shape)
+        if pixels.dtype != torch.uint8 or tuple(pixels.shape) != expected:
+            raise InputError(
+                f"frames have shape {tuple(pixels.shape)} and dtype {pixels.dtype}, expected {expected} uint8"
+            )
+        latents, codec = self.codec.encode(pixels.to(self.device), state.codec)
+        return pixels, latents[:, 0], codec
+
+    def _room(self, context: Context, sampling: Sampling, reserve: bool = True) -> Context:
+        keep = self.flow.config.context if sampling.context == "reencode" else None
+        context = self.flow.deep.make_room(context, keep)
+        return self.flow.deep.reserve(context) if reserve else context
+
+    def _commit(
+        self,
+        state: WorldState,
+        context: Context,
+        x: Tensor,
+        features: Tensor | None,
+        packed: Tensor,
+        guidance: float,
+    ) -> tuple[WorldState, Chunk]:
+        """The way that imagined and real chunks share: noisy tokens x (B, 1, N, D) to the next state and exact terms."""
+        u, log_det = self.flow.shallow_forward(x, self.grid)
+        after, terms = self.flow.deep.commit(
+            context, u, features, guidance, want_unconditional=features is not None
+        )
+        z = terms.model.forward(u)
+        elements = standard_normal_log_prob(z) + terms.model.log_det() + log_det
+        log_prob = elements.double().sum((1, 2, 3)).cpu()
+        if not torch.isfinite(log_prob).all():
+            raise WorldModelError(
+                "the model returned a likelihood that is not finite; the state is unchanged"
+            )
+
+        def density(affine: Any) -> Tensor:
+            return (
+                (standard_normal_log_prob(affine.forward(u)) + affine.log_det() + log_det)
+                .double()
+                .sum((1, 2, 3))
+                .cpu()
+            )
+
+        unconditional = None if terms.unconditional is None else density(terms.unconditional)
+        rows = state.rows
+        chunk = Chunk(
+            frames=torch.empty(0, dtype=torch.uint8),
+            latent=torch.zeros(rows, *self.latent_shape),
+            log_prob=log_prob,
+            guided_log_prob=None if terms.guided is None else density(terms.guided),
+            action_gain=torch.zeros_like(log_prob)
+            if unconditional is None or features is None
+            else log_prob - unconditional,
+            log_prob_map=self.flow.latents(elements, self.grid)[:, 0].sum(1),
+            noise=self.flow.latents(z, self.grid)[:, 0],
+            reward=torch.zeros(rows),
+            termination=torch.zeros(rows),
+            sweeps=torch.zeros(rows, dtype=torch.int64),
+            residual=torch.zeros(rows),
+            context_frames=torch.tensor(context.frames, dtype=torch.int64),
+        )
+        history = torch.cat((state.noisy, x), dim=1)[:, -state.noisy.shape[1] :]
+        return (
+            replace(
+                state,
+                context=after,
+                noisy=history,
+                steps=state.steps + 1,
+                log_prob=state.log_prob + log_prob,
+            ),
+            chunk,
+        )
