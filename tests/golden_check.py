@@ -1,12 +1,14 @@
-"""Reproduce golden vectors: ``python tests/golden_check.py DIR`` prints each one's largest absolute difference.
+"""Reproduce golden vectors: ``python tests/golden_check.py DIR`` prints the largest absolute difference of each.
 
 DIR holds ``NAME.json`` (constructor arguments), ``NAME.weights.safetensors`` (published key names) and
-``NAME.vectors.safetensors``. Exits 1 where a difference exceeds 1e-4, 2 where DIR holds nothing to check.
+``NAME.vectors.safetensors``. Exits 1 where a difference exceeds 1e-4 or is not a number, 2 where DIR holds nothing
+to check.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -43,7 +45,7 @@ def load_flow(directory: Path, name: str) -> tuple[Flow, dict]:
 def blocks(
     flow: Flow, x: Tensor, grid: tuple[int, int], text: Tensor
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Each block's name, output (B, T, N, D) in raster order, and log-determinant in the block's own order."""
+    """Each block's name, output (B, T, N, D) in raster order, and log-determinant in its own order."""
     v = flow.tokens(x)
     frames = v.shape[1]
     for index, block in enumerate(flow.shallow):
@@ -107,14 +109,15 @@ INPUTS = {
 
 
 def differences(directory: Path, name: str) -> dict[str, float]:
-    """Largest absolute difference of every vector of one golden model; ``inf`` for a vector nobody computes."""
+    """Largest absolute difference of every vector of one golden model; ``inf`` where there is none."""
     flow, spec = load_flow(directory, name)
     vectors = load_file(directory / f"{name}.vectors.safetensors")
-    result = {key: float("inf") for key in vectors if key not in INPUTS}
+    result = {key: math.inf for key in vectors if key not in INPUTS}
     for key, value in computed(flow, spec, vectors):
         if key in vectors:
             same = value.shape == vectors[key].shape
-            result[key] = (value - vectors[key]).abs().max().item() if same else float("inf")
+            difference = (value - vectors[key]).abs().max().item() if same else math.inf
+            result[key] = math.inf if math.isnan(difference) else difference
     return result
 
 
@@ -128,12 +131,14 @@ def main(arguments: list[str]) -> int:
     if not names:
         print(f"{directory}: no NAME.json found, expected golden vectors", file=sys.stderr)
         return 2
-    worst = 0.0
-    for name in names:
-        for key, difference in differences(directory, name).items():
-            worst = max(worst, difference)
-            mark = "" if difference <= TOLERANCE else "  <-- FAIL"
-            print(f"{name:20s} {key:32s} {difference:.3e}{mark}")
+    found = [(name, key, value) for name in names for key, value in differences(directory, name).items()]
+    if not found:
+        print(f"{directory}: the files hold inputs only, expected golden vectors", file=sys.stderr)
+        return 2
+    for name, key, difference in found:
+        mark = "" if difference <= TOLERANCE else "  <-- FAIL"
+        print(f"{name:20s} {key:32s} {difference:.3e}{mark}")
+    worst = max(difference for _, _, difference in found)
     print(f"largest difference {worst:.3e}, tolerance {TOLERANCE:.0e}")
     return int(worst > TOLERANCE)
 
