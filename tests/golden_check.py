@@ -1,8 +1,8 @@
-"""Reproduce golden vectors: ``python tests/golden_check.py DIR`` prints the largest absolute difference of each.
+"""Reproduce golden vectors: ``python tests/golden_check.py DIR`` prints each one's largest difference.
 
 DIR holds ``NAME.json`` (constructor arguments), ``NAME.weights.safetensors`` (published key names) and
-``NAME.vectors.safetensors``. Exits 1 where a difference exceeds 1e-4 or is not a number, 2 where DIR holds nothing
-to check.
+``NAME.vectors.safetensors``. Exits 1 where a difference exceeds 1e-4 or is not a number, 2 where DIR holds
+nothing to check.
 """
 
 from __future__ import annotations
