@@ -19,6 +19,10 @@ def lower_right_causal(run: int, total: int, device: torch.device) -> Tensor:
     return torch.ones(run, total, dtype=torch.bool, device=device).tril(total - run)
 
 
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _attend_cohort(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor, cohort: Cohort, layer: int) -> Tensor:
     """Run of one cohort: its K/V go into the reserved slots, then attention over past + run (causal in the run)."""
     run = q_BHNK.shape[2]
@@ -37,9 +41,9 @@ def _attend_cohort(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor, cohort: Cohor
     for segment in shared:
         k_past, _ = segment.layer(layer)
         folded = rearrange(q, "(b f) h n k -> b h (f n) k", f=segment.fold)
-        logits = (folded @ k_past.mT).float() * scale
+        logits = _at_least_float32(folded @ k_past.mT) * scale
         parts.append(rearrange(logits, "b h (f n) s -> (b f) h n s", f=segment.fold))
-    parts.append(((q @ k.mT).float() * scale).masked_fill(~mask, float("-inf")))
+    parts.append((_at_least_float32(q @ k.mT) * scale).masked_fill(~mask, float("-inf")))
     weights = torch.cat(parts, dim=-1).softmax(dim=-1).to(v.dtype)
     *past_weights, own = weights.split([p.shape[-1] for p in parts], dim=-1)
     out = own @ v
