@@ -1,4 +1,4 @@
-"""The density is a density: it integrates to 1, and samples are distributed as it says. Two-dimensional toy flows."""
+"""The density is a density: it integrates to 1, and samples follow it. Two-dimensional toy flows."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ TEXT = draw(2, 3, 5, seed=6)
 
 @dataclass(frozen=True)
 class Transform:
-    """parameters: tokens (B, S, D) in own order to the affine map; to_own: clip (B, T, N, D) to own order and rows."""
+    """parameters: tokens (B, S, D) in own order to the affine map; to_own: a clip (B, T, N, D) to such tokens."""
 
     parameters: Callable[[Tensor], Affine]
     to_own: Callable[[Tensor], Tensor]
@@ -96,7 +96,7 @@ def test_log_determinant_and_triangular_jacobian(transform: Transform) -> None:
 
 
 def test_blocks_read_frames_in_alternating_order() -> None:
-    """With 3 blocks: shallow 0 backwards, shallow 1 forwards, deep backwards; in raster order the first is upper."""
+    """With 3 blocks: shallow 0 backwards, shallow 1 forwards, deep backwards."""
     x = draw(1, 1, TOKENS, DIM)
 
     def raster(index: int) -> Tensor:
@@ -192,13 +192,13 @@ def test_action_t_changes_nothing_before_chunk_t(t: int) -> None:
     before, after = FLOW(x, GRID, None, FEATURES), FLOW(x, GRID, None, changed)
     assert torch.equal(before.z[:, :t], after.z[:, :t])
     assert torch.equal(before.log_prob[:, :t], after.log_prob[:, :t])
-    # and everything from chunk t on, beginning with the first token of the frame it causes (in the block's order)
+    # and everything from chunk t on, from the first token of the frame it causes
     moved = (before.z != after.z).any(-1)
     assert moved[:, t:].all()
 
 
 def test_action_embedding_starts_at_zero() -> None:
-    """With its initial (zero) projection, an action changes nothing: a published checkpoint keeps its output."""
+    """With its initial (zero) projection an action changes nothing: a published checkpoint is unchanged."""
     flow = flow64(seed=2)
     for part in (flow.deep, flow.denoiser):
         torch.nn.init.zeros_(part.transformer.proj_action.weight)
