@@ -122,14 +122,18 @@ def _load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) 
     module.load_state_dict({k: v.to(expected[k].dtype) for k, v in tensors.items()})
 
 
+def shipped_worlds() -> list[str]:
+    """Names of the worlds that ship with the package."""
+    return sorted(p.parent.name for p in SHIPPED.glob("*/world.json"))
+
+
 def find_world(name: str | Path) -> Path:
     """The directory of a shipped world ("pendulum") or of a path.
 
     Raises:
         CheckpointError: neither; the message lists the worlds that ship.
     """
-    shipped = sorted(p.name for p in SHIPPED.iterdir() if (p / "world.json").is_file())
-    path = Path(name)
+    shipped, path = shipped_worlds(), Path(name)
     if str(name) in shipped:
         return SHIPPED / str(name)
     if (path / "world.json").is_file():
@@ -140,14 +144,16 @@ def find_world(name: str | Path) -> Path:
     )
 
 
-def read_world(name: str | Path) -> WorldFiles:
-    """Read and check a world directory.
+def read_spec(name: str | Path) -> WorldSpec:
+    """Read and check ``world.json`` alone: spaces, sizes and configuration without loading weights.
 
     Raises:
-        CheckpointError: missing, corrupt or truncated files. ConfigError: unknown or missing keys in world.json.
+        CheckpointError: no such world, or a corrupt file. ConfigError: unknown or missing keys.
     """
     path = find_world(name)
     data = read_json(path / "world.json")
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}/world.json: expected an object with keys, got {type(data).__name__}")
     if data.get("format") != WORLD_FORMAT:
         raise ConfigError(f"{path}/world.json: format {data.get('format')!r}, expected {WORLD_FORMAT}")
     spec = config_from_dict(WorldSpec, data, f"{path}/world.json")
@@ -155,6 +161,16 @@ def read_world(name: str | Path) -> WorldFiles:
         raise ConfigError(
             f"{path}/world.json: actions.packed is {spec.actions.packed}, expected {packed_size(spec.action_space)}"
         )
+    return spec
+
+
+def read_world(name: str | Path) -> WorldFiles:
+    """Read and check a world directory.
+
+    Raises:
+        CheckpointError: missing, corrupt or truncated files. ConfigError: unknown or missing keys in world.json.
+    """
+    path, spec = find_world(name), read_spec(name)
     digest = hashlib.sha256()
     tensors = {}
     for part in ("flow", "codec", "heads"):
