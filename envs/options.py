@@ -1,0 +1,163 @@
+"""What an environment of a world is made with, its spaces, and worlds loaded once a process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from gymnasium import spaces
+
+from worldmodel import InputError, Sampling, WorldModel
+from worldmodel.checkpoint import WorldSpec, find_world, read_spec
+
+StepMode = Literal["chunk", "frame"]
+Observation = Literal["pixels", "latent"]
+RENDER_MODES = ("human", "rgb_array", "rgb_array_list")
+
+
+@dataclass(frozen=True)
+class EnvOptions:
+    """Options that one environment and a batch of them share; see `envs.world_env.WorldModelEnv`.
+
+    Raises:
+        InputError: a value that is not one of the choices, or out of range.
+    """
+
+    step_mode: StepMode = "chunk"
+    observation: Observation = "pixels"
+    termination_threshold: float = 0.5
+    guidance: float = 0.0
+    temperature: float = 1.0
+    context: Literal["reencode", "rolling"] = "reencode"
+    render_mode: str | None = None
+
+    def __post_init__(self) -> None:
+        choices: dict[str, tuple[str | None, ...]] = {
+            "step_mode": ("chunk", "frame"),
+            "observation": ("pixels", "latent"),
+            "render_mode": (None, *RENDER_MODES),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {known}")
+        if self.observation == "latent" and self.step_mode == "frame":
+            raise InputError('observation="latent" has one value a chunk; use it with step_mode="chunk"')
+        if not math.isfinite(self.termination_threshold):
+            raise InputError(
+                f"termination_threshold is {self.termination_threshold}, expected a finite number"
+            )
+        self.sampling(Sampling())
+
+    def sampling(self, base: Sampling) -> Sampling:
+        """The sampler's dials: these options, and the world's own solver tolerance."""
+        return replace(base, guidance=self.guidance, temperature=self.temperature, context=self.context)
+
+
+def check_max_chunks(value: int | None) -> int | None:
+    """A horizon in chunks, or None for no truncation.
+
+    Raises:
+        InputError: not an integer of at least 1.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise InputError(f"max_chunks is {value!r}, expected an integer of at least 1, or None")
+    return int(value)
+
+
+def spec_of(world: str | Path | WorldModel) -> WorldSpec:
+    """The description of a world; reads ``world.json`` only.
+
+    Raises:
+        CheckpointError: no such world. ConfigError: an unknown or missing key.
+    """
+    return world.spec if isinstance(world, WorldModel) else read_spec(world)
+
+
+def load_world(world: str | Path | WorldModel, options: EnvOptions) -> WorldModel:
+    """The world with these options' sampler. Weights are read once a process and shared.
+
+    Raises:
+        CheckpointError: a corrupt or truncated world directory.
+    """
+    if not isinstance(world, WorldModel):
+        path = find_world(world).resolve()
+        world = _load_once(path, (path / "world.json").stat().st_mtime_ns)
+    spec = replace(world.spec, sampling=options.sampling(world.spec.sampling))
+    return WorldModel(
+        spec, world.flow, world.codec, world.actions, world.heads, world.starts, world.fingerprint
+    )
+
+
+@lru_cache(maxsize=4)
+def _load_once(path: Path, written: int) -> WorldModel:
+    """``written`` is part of the key, so that a world that was trained again is read again."""
+    return WorldModel.load(path)
+
+
+def observation_space(spec: WorldSpec, options: EnvOptions) -> spaces.Box:
+    """(F, height, width, 3) or (height, width, 3) uint8 pixels, or a (C, h, w) float32 latent."""
+    height, width = spec.frame_size
+    if options.observation == "latent":
+        stride = spec.codec.stride
+        shape = (spec.codec.latent_channels, height // stride, width // stride)
+        return spaces.Box(-np.inf, np.inf, shape, np.float32)
+    frames = (spec.codec.frames,) if options.step_mode == "chunk" else ()
+    return spaces.Box(0, 255, (*frames, height, width, 3), np.uint8)
+
+
+def batch_of_one(space: spaces.Space[Any], action: Any) -> Any:
+    """One action as a batch of one, for the world to check and to use.
+
+    Raises:
+        InputError: no action, or one that is no array.
+    """
+    if action is None:
+        raise InputError(f"action is None, expected one of {space}")
+    return _lift(action)
+
+
+def _lift(action: Any) -> Any:
+    if isinstance(action, Mapping):
+        return {key: _lift(value) for key, value in action.items()}
+    try:
+        return np.asarray(action)[None]
+    except (ValueError, TypeError) as error:
+        raise InputError(f"action of type {type(action).__name__} is not an array: {error}") from error
+
+
+def keys_to_action(space: spaces.Space[Any]) -> dict[tuple[int, ...], Any]:
+    """Keyboard bindings for `gymnasium.utils.play`, as tuples of pygame key codes.
+
+    Box with one number: left is low, right is high. Discrete: the digits, and for up to four actions the
+    arrows too.
+
+    Raises:
+        InputError: another kind of space; pass ``keys_to_action`` yourself.
+    """
+    left, right, up, down = (0x40000000 + code for code in (80, 79, 82, 81))
+    if isinstance(space, spaces.Box) and math.prod(space.shape) == 1 and space.is_bounded():
+        return {(left,): space.low.copy(), (right,): space.high.copy()}
+    if isinstance(space, spaces.Discrete):
+        first, count = int(space.start), int(space.n)
+        keys: dict[tuple[int, ...], Any] = {(ord(str(i)),): first + i for i in range(min(count, 10))}
+        arrows = (left, right) if count == 2 else (left, up, right, down)
+        if count <= 4:
+            keys |= {(arrows[i],): first + i for i in range(count)}
+        return keys
+    raise InputError(f"no default keys for {space}; pass keys_to_action to gymnasium.utils.play")
+
+
+def noop_action(space: spaces.Space[Any]) -> Any:
+    """What to do when no key is pressed: the middle of a bounded Box, else the first action."""
+    if isinstance(space, spaces.Box) and space.is_bounded():
+        return ((space.low.astype(np.float64) + space.high) / 2).astype(space.dtype)
+    if isinstance(space, spaces.Discrete):
+        return int(space.start)
+    raise InputError(f"no default action for {space}; pass noop to gymnasium.utils.play")

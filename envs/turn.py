@@ -1,0 +1,282 @@
+"""A session's current chunk as an environment shows it, and how sessions begin: pure functions that both
+shells use.
+
+Axis letters: B sessions, T chunks, F pixel frames of a chunk, C latent channels; h, w latent grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from envs.options import EnvOptions
+from worldmodel import Chunk, InputError, WorldModel, WorldState
+from worldmodel.training.episodes import EpisodeDataset
+
+Info = dict[str, float | int]
+RESET_OPTIONS = ("start", "bank_index", "image", "clip", "episode", "snapshot")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One session's current chunk.
+
+    frames: (F, height, width, 3) uint8. latent: (C, h, w) float32. reward: of the whole chunk. terminated,
+    truncated: the episode ends with this chunk. info: finite Python numbers. shown: how many of the F
+    frames the user has seen.
+    """
+
+    frames: np.ndarray
+    latent: np.ndarray
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: Info
+    shown: int
+
+    @property
+    def over(self) -> bool:
+        """Every frame has been shown; the next step needs a new chunk."""
+        return self.shown == len(self.frames)
+
+    def next_frame(self) -> Turn:
+        """The same chunk with one more frame shown."""
+        return replace(self, shown=self.shown + 1)
+
+    def new_frames(self, options: EnvOptions) -> np.ndarray:
+        """(n, height, width, 3) uint8: the frames that the last reset or step brought."""
+        return self.frames if options.step_mode == "chunk" else self.frames[self.shown - 1 : self.shown]
+
+    def observation(self, options: EnvOptions) -> np.ndarray:
+        """What the agent sees; a copy."""
+        if options.observation == "latent":
+            return self.latent.copy()
+        return (self.frames if options.step_mode == "chunk" else self.frames[self.shown - 1]).copy()
+
+    def outcome(self, options: EnvOptions) -> tuple[np.ndarray, float, bool, bool, Info]:
+        """What `Env.step` returns. Frame by frame, the reward is split evenly and the flags come last."""
+        share = 1 if options.step_mode == "chunk" else len(self.frames)
+        over = self.over
+        return (
+            self.observation(options),
+            self.reward / share,
+            self.terminated and over,
+            self.truncated and over,
+            dict(self.info),
+        )
+
+
+def turns(
+    chunk: Chunk, counts: Sequence[int], horizons: Sequence[int | None], options: EnvOptions
+) -> list[Turn]:
+    """The B sessions of a chunk; ``counts`` are chunks since each one's reset, 0 for the reset itself."""
+    frames, latent = chunk.frames.cpu().numpy(), chunk.latent.cpu().numpy()
+    bits = chunk.bits_per_dim.tolist()
+    shown = frames.shape[1] if options.step_mode == "chunk" else 1
+    result = []
+    for b, (count, horizon) in enumerate(zip(counts, horizons, strict=True)):
+        info: Info = {
+            "log_prob": float(chunk.log_prob[b]),
+            "bits_per_dim": float(bits[b]),
+            "action_gain": float(chunk.action_gain[b]),
+            "sweeps": int(chunk.sweeps[b]),
+            "residual": float(chunk.residual[b]),
+            "context_frames": int(chunk.context_frames[b]),
+            "chunk": int(count),
+        }
+        at_reset = count == 0
+        result.append(
+            Turn(
+                frames[b],
+                latent[b],
+                0.0 if at_reset else float(chunk.reward[b]),
+                not at_reset and float(chunk.termination[b]) > options.termination_threshold,
+                not at_reset and horizon is not None and count >= horizon,
+                info,
+                frames.shape[1] if at_reset else shown,
+            )
+        )
+    return result
+
+
+def chunk_rows(chunk: Chunk, rows: Sequence[int]) -> Chunk:
+    """The given sessions of a chunk, in that order."""
+    index = torch.tensor(list(rows), dtype=torch.int64)
+    guided = chunk.guided_log_prob
+    whole = {f.name: getattr(chunk, f.name) for f in fields(chunk)}
+    picked = {k: v[index.to(v.device)] for k, v in whole.items() if v is not None}
+    return Chunk(**{"guided_log_prob": guided, **picked})
+
+
+def concat_chunks(chunks: Sequence[Chunk]) -> Chunk:
+    """Sessions of several chunks in one; an unguided chunk's ``guided_log_prob`` is its ``log_prob``."""
+    if len(chunks) == 1:
+        return chunks[0]
+    guided = any(c.guided_log_prob is not None for c in chunks)
+    joined: dict[str, torch.Tensor] = {}
+    for name in (f.name for f in fields(Chunk)):
+        parts = [getattr(c, name) for c in chunks]
+        if name == "guided_log_prob":
+            parts = [c.log_prob if p is None else p for c, p in zip(chunks, parts, strict=True)]
+        joined[name] = torch.cat([p.to(parts[0].device) for p in parts])
+    whole = Chunk(**joined)
+    return whole if guided else replace(whole, guided_log_prob=None)
+
+
+def session_seed(rng: np.random.Generator) -> int:
+    """The seed of a new session's noise."""
+    return int(rng.integers(2**62))
+
+
+class Start(NamedTuple):
+    """What a session observes first: frames (T, F, height, width, 3) uint8, actions (T, ...) or None."""
+
+    frames: np.ndarray
+    actions: Any
+
+
+def check_reset_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Reset options without the default ``start="bank"``: empty, or the one source that was asked for.
+
+    Raises:
+        InputError: an unknown key, or two sources at once.
+    """
+    given = dict(options or {})
+    if "prompt" in given:
+        raise InputError("this world takes no prompts; start from " + ", ".join(RESET_OPTIONS[1:]))
+    unknown = sorted(set(given) - set(RESET_OPTIONS))
+    if unknown:
+        raise InputError(f"unknown reset options: {', '.join(unknown)} (known: {', '.join(RESET_OPTIONS)})")
+    if given.pop("start", "bank") != "bank":
+        raise InputError(
+            'reset option start must be "bank"; give an image, clip, episode or snapshot by its own key'
+        )
+    if len(given) > 1:
+        raise InputError(f"reset options {', '.join(sorted(given))} exclude each other; give one")
+    return given
+
+
+def choose_start(world: WorldModel, source: Mapping[str, Any], rng: np.random.Generator) -> Start:
+    """The real clip that a session begins with; draws from ``rng`` for the bank alone.
+
+    Raises:
+        InputError: frames of the wrong shape or dtype, or an index out of range. DataError: not a dataset.
+    """
+    if "image" in source:
+        image = _pixels(world, source["image"], "image", 3)
+        return Start(np.broadcast_to(image, (1, world.chunk_frames, *image.shape)), None)
+    if "clip" in source:
+        clip = _pixels(world, source["clip"], "clip", 4)
+        chunks = len(clip) // world.chunk_frames
+        if not chunks:
+            raise InputError(
+                f"clip has {len(clip)} frames, expected at least {world.chunk_frames}; or give an image"
+            )
+        kept = clip[len(clip) - chunks * world.chunk_frames :]
+        return Start(kept.reshape(chunks, *world.frames_shape), None)
+    if "episode" in source:
+        return _episode(world, source["episode"])
+    bank = world.starts["frames"]
+    index = source["bank_index"] if "bank_index" in source else int(rng.integers(len(bank)))
+    if not _is_int(index) or not 0 <= index < len(bank):
+        raise InputError(f"bank_index is {index!r}, expected an integer in [0, {len(bank)})")
+    actions = world.starts["actions"][index] if world.actions is not None else None
+    return Start(bank[index], actions)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _pixels(world: WorldModel, value: Any, name: str, dims: int) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise InputError(f"{name} is not an array: {error}") from error
+    expected = (*world.spec.frame_size, 3)
+    if array.dtype != np.uint8 or array.ndim != dims or array.shape[-3:] != expected:
+        wanted = expected if dims == 3 else ("n", *expected)
+        raise InputError(
+            f"{name} has shape {array.shape} and dtype {array.dtype}, expected {wanted} uint8".replace(
+                "'", ""
+            )
+        )
+    return array
+
+
+def real_chunk(world: WorldModel, frames: Any) -> np.ndarray:
+    """A copy of a real chunk, checked: (F, height, width, 3) uint8.
+
+    Raises:
+        InputError: another shape or dtype.
+    """
+    array = np.array(_pixels(world, frames, "frames", 4))
+    if len(array) != world.chunk_frames:
+        raise InputError(f"{len(array)} frames, expected the {world.chunk_frames} of one chunk")
+    return array
+
+
+def _episode(world: WorldModel, where: Any) -> Start:
+    if not isinstance(where, tuple | list) or len(where) != 3 or not all(_is_int(i) for i in where[1:]):
+        raise InputError(f"episode is {where!r}, expected (dataset directory, episode index, first chunk)")
+    folder, index, first = Path(where[0]), int(where[1]), int(where[2])
+    data = EpisodeDataset.open(folder)
+    if data.frame_size != world.spec.frame_size or data.frame_skip != world.chunk_frames:
+        raise InputError(
+            f"{folder}: chunks of {data.frame_skip} frames of {data.frame_size}, "
+            f"expected {world.chunk_frames} of {world.spec.frame_size}"
+        )
+    if not 0 <= index < data.episodes:
+        raise InputError(f"episode index is {index}, expected one in [0, {data.episodes})")
+    episode = data.episode(index)
+    length = world.starts["frames"].shape[1]
+    last = len(episode.rewards) - length
+    if not 0 <= first <= last:
+        raise InputError(f"first chunk is {first}, expected one in [0, {last}] of episode {index}")
+    span = slice(first, first + length)
+    frames = episode.frames[1 + first * world.chunk_frames : 1 + (first + length) * world.chunk_frames]
+    actions: Any = None
+    if world.actions is not None:
+        raw = episode.actions
+        actions = {k: v[span] for k, v in raw.items()} if isinstance(raw, Mapping) else raw[span]
+    return Start(frames.reshape(length, *world.frames_shape), actions)
+
+
+def begin(world: WorldModel, starts: Sequence[Start], seeds: Sequence[int]) -> tuple[WorldState, Chunk]:
+    """B sessions that have observed their starts, and the last chunk each one observed.
+
+    Raises:
+        InputError: actions that the world does not take.
+    """
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for row, start in enumerate(starts):
+        groups.setdefault((len(start.frames), start.actions is None), []).append(row)
+    states, lasts, order = [], [], []
+    for (_, bare), rows in groups.items():
+        state = world.initial_state([seeds[r] for r in rows])
+        frames = np.stack([starts[r].frames for r in rows])
+        actions = None if bare else _stack([starts[r].actions for r in rows])
+        for t in range(frames.shape[1]):
+            state, chunk = world.observe(state, frames[:, t], None if bare else at_chunk(actions, t))
+        states.append(state)
+        lasts.append(chunk)
+        order += rows
+    back = [order.index(row) for row in range(len(starts))]
+    state, chunk = WorldState.concat(states), concat_chunks(lasts)
+    return (state, chunk) if len(groups) == 1 else (state.select(back), chunk_rows(chunk, back))
+
+
+def _stack(actions: Sequence[Any]) -> Any:
+    if isinstance(actions[0], Mapping):
+        return {key: _stack([a[key] for a in actions]) for key in actions[0]}
+    return np.stack(actions)
+
+
+def at_chunk(actions: Any, t: int) -> Any:
+    """Chunk ``t`` of actions (B, T, ...), or of a dict of such arrays."""
+    return {k: at_chunk(v, t) for k, v in actions.items()} if isinstance(actions, Mapping) else actions[:, t]

@@ -1,0 +1,45 @@
+"""An OpenCV window that plays frames at the world's speed."""
+
+from __future__ import annotations
+
+import time
+
+import cv2
+import numpy as np
+
+from worldmodel import WorldModelError
+
+SIDE = 384  # pixels, the shown picture's longer side at least
+
+
+class Window:
+    """A window; open after the first `show`.
+
+    Raises:
+        WorldModelError: this OpenCV was built without windows.
+    """
+
+    def __init__(self, title: str, fps: float) -> None:
+        gui = [line for line in cv2.getBuildInformation().splitlines() if line.strip().startswith("GUI:")]
+        if any("NONE" in line for line in gui):
+            raise WorldModelError(
+                'render_mode "human" needs an OpenCV with windows: pip uninstall opencv-python-headless, '
+                "pip install opencv-python; or use rgb_array"
+            )
+        self._title = title
+        self._period = 1.0 / fps
+        self._due = 0.0
+
+    def show(self, frames: np.ndarray) -> None:
+        """Show frames (n, height, width, 3) uint8 RGB one after the other."""
+        for frame in frames:
+            scale = max(1, SIDE // max(frame.shape[:2]))
+            picture = np.repeat(np.repeat(frame[..., ::-1], scale, axis=0), scale, axis=1)
+            cv2.imshow(self._title, np.ascontiguousarray(picture))
+            wait = self._due - time.monotonic()
+            cv2.waitKey(max(1, round(1000 * wait)))
+            self._due = max(time.monotonic(), self._due) + self._period
+
+    def close(self) -> None:
+        """Close the window; closing twice is fine."""
+        cv2.destroyAllWindows()
