@@ -24,7 +24,8 @@ Config = TypeVar("Config")
 def config_from_dict(cls: type[Config], mapping: Mapping[str, Any], where: str) -> Config:
     """The dataclass ``cls`` from a mapping.
 
-    Nested dataclasses are built, lists become tuples, and an int is accepted for a float. ``where`` names the source in errors (a file name).
+    Nested dataclasses are built, lists become tuples, and an int is accepted for a float. ``where`` names the
+    source in errors (a file name).
 
     Raises:
         ConfigError: unknown or missing keys, all listed, or a value of the wrong type.
@@ -110,7 +111,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
-            f"cannot write {path} ({error}); what was there is unchanged; free some space or choose another place"
+            f"cannot write {path} ({error}); what was there is unchanged; free some space or write elsewhere"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """The interface of every codec: streaming, with its state passed in and returned.
 
-Axis letters: B batch, T latent frames, F pixel frames, C latent channels; h, w latent grid; height, width pixels.
+Axis letters: B batch, T latent frames, F pixel frames, C latent channels; h, w latent grid; height, width
+pixels.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 CodecState = dict[str, Tensor]
-"""What a codec remembers between calls; every tensor has B rows on its first axis. Empty for a codec by chunk."""
+"""What a codec remembers between calls; tensors have B rows first. Empty if chunks are coded alone."""
 
 
 class Codec(Protocol):

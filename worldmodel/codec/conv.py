@@ -1,7 +1,7 @@
 """A small convolutional codec: a chunk of F frames, less the background, to one latent frame and back.
 
-Axis letters: B batch, T latent frames (chunks), F pixel frames of a chunk, C latent channels; h, w latent grid;
-height, width pixels. Inside, a chunk is one picture of 3 F channels.
+Axis letters: B batch, T latent frames (chunks), F pixel frames of a chunk, C latent channels; h, w latent
+grid; height, width pixels. Inside, a chunk is one picture of 3 F channels.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ PIXEL_SCALE = 128.0
 class ConvCodecConfig:
     """Shape of the codec.
 
-    height, width: pixels of the background, multiples of the stride. frames: F. latent_channels: C. patch: pixels of
-    a cell's side at the finest level. widths: channels of each level, each at half the size of the one before.
+    height, width: pixels of the background, multiples of the stride. frames: F. latent_channels: C. patch:
+    pixels of a cell's side at the finest level. widths: channels of each level, at half the size of the last.
     encoder_blocks, decoder_blocks: residual blocks of each level.
     """
 
@@ -35,7 +35,7 @@ class ConvCodecConfig:
     frames: int = 4
     latent_channels: int = 8
     patch: int = 4
-    widths: tuple[int, ...] = (48, 96, 160)
+    widths: tuple[int, ...] = (64, 96, 160)
     encoder_blocks: tuple[int, ...] = (1, 1, 1)
     decoder_blocks: tuple[int, ...] = (2, 2, 1)
 
@@ -44,12 +44,19 @@ class ConvCodecConfig:
         if not len(self.widths) == len(self.encoder_blocks) == len(self.decoder_blocks) >= 1:
             raise ConfigError("codec widths, encoder_blocks and decoder_blocks must have one entry a level")
         if self.height % self.stride or self.width % self.stride:
-            raise ConfigError(f"frames of {self.height}x{self.width} are not multiples of stride {self.stride}")
+            raise ConfigError(
+                f"frames of {self.height}x{self.width} are not multiples of stride {self.stride}"
+            )
 
     @property
     def stride(self) -> int:
         """Pixels of a latent cell's side."""
         return self.patch * 2 ** (len(self.widths) - 1)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+        return self.latent_channels, self.height // self.stride, self.width // self.stride
 
 
 class ResidualBlock(nn.Module):
@@ -75,8 +82,9 @@ def encoder(config: ConvCodecConfig) -> nn.Sequential:
     """(B, 3F, height, width) to (B, C, h, w), not standardised."""
     channels, size = 3 * config.frames, config.patch
     layers: list[nn.Module] = []
-    for width, blocks in zip(config.widths, config.encoder_blocks, strict=True):
-        layers += [nn.PixelUnshuffle(size), nn.Conv2d(channels * size**2, width, 3, padding=1)]
+    for level, (width, blocks) in enumerate(zip(config.widths, config.encoder_blocks, strict=True)):
+        kernel = 1 if level else 3
+        layers += [nn.PixelUnshuffle(size), nn.Conv2d(channels * size**2, width, kernel, padding=kernel // 2)]
         layers += _blocks(width, blocks)
         channels, size = width, 2
     return nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(channels, config.latent_channels, 3, padding=1))
@@ -88,7 +96,8 @@ def decoder(config: ConvCodecConfig) -> nn.Sequential:
     for level in reversed(range(len(config.widths))):
         layers += _blocks(config.widths[level], config.decoder_blocks[level])
         channels, size = (config.widths[level - 1], 2) if level else (3 * config.frames, config.patch)
-        last = nn.Conv2d(config.widths[level], channels * size**2, 3, padding=1)
+        kernel = 1 if level else 3
+        last = nn.Conv2d(config.widths[level], channels * size**2, kernel, padding=kernel // 2)
         layers += [*([] if level else [nn.SiLU()]), last, nn.PixelShuffle(size)]
     nn.init.normal_(last.weight, std=1e-3)
     return nn.Sequential(*layers)
@@ -97,8 +106,8 @@ def decoder(config: ConvCodecConfig) -> nn.Sequential:
 class ConvCodec(nn.Module):
     """See the module's docstring. Chunks are coded alone: the streaming state is empty.
 
-    Buffers, fitted on the training data: ``background`` (3, height, width) in pixels, ``latent_mean`` and
-    ``latent_std`` (C, 1, 1).
+    Buffers, fitted on the training data: ``background`` (3, height, width) in pixels, ``latent_mean`` (C,
+    h, w), and ``latent_std`` (C, 1, 1), the root mean square of what is left when the mean is taken off.
     """
 
     background: Tensor
@@ -111,7 +120,7 @@ class ConvCodec(nn.Module):
         self.encoder = encoder(config)
         self.decoder = decoder(config)
         self.register_buffer("background", torch.zeros(3, config.height, config.width))
-        self.register_buffer("latent_mean", torch.zeros(config.latent_channels, 1, 1))
+        self.register_buffer("latent_mean", torch.zeros(config.latent_shape))
         self.register_buffer("latent_std", torch.ones(config.latent_channels, 1, 1))
 
     @property
@@ -139,7 +148,7 @@ class ConvCodec(nn.Module):
         return {}
 
     def to_input(self, chunks: Tensor) -> Tensor:
-        """Chunks (B, F, height, width, 3) uint8 to the difference from the background (B, 3F, height, width)."""
+        """Chunks (B, F, height, width, 3) uint8, less the background, as (B, 3F, height, width)."""
         pixels = rearrange(chunks.float(), "B F height width c -> B F c height width")
         difference = (pixels - self.background) / PIXEL_SCALE
         channels = rearrange(difference, "B F c height width -> B (F c) height width")
@@ -160,7 +169,7 @@ class ConvCodec(nn.Module):
         size = (self.config.height, self.config.width, 3)
         if frames.ndim != 5 or tuple(frames.shape[2:]) != size or frames.shape[1] % self.config.frames:
             raise InputError(
-                f"frames have shape {tuple(frames.shape)}, expected (batch, a multiple of {self.config.frames}, "
+                f"frames have shape {tuple(frames.shape)}, expected (batch, {self.config.frames} n, "
                 f"{size[0]}, {size[1]}, 3)"
             )
         if frames.dtype != torch.uint8:
@@ -177,7 +186,7 @@ class ConvCodec(nn.Module):
             InputError: latents of another shape or not floating point.
         """
         config = self.config
-        size = (config.latent_channels, config.height // config.stride, config.width // config.stride)
+        size = config.latent_shape
         if latents.ndim != 5 or tuple(latents.shape[2:]) != size or not latents.is_floating_point():
             raise InputError(
                 f"latents have shape {tuple(latents.shape)} and dtype {latents.dtype}, "
@@ -212,10 +221,15 @@ def load_codec(path: Path, config: ConvCodecConfig) -> ConvCodec:
     misfits = [n for n in expected if n in tensors and tensors[n].shape != expected[n].shape]
     if missing or extra or misfits:
         raise CheckpointError(
-            f"{path} does not fit its configuration: missing {missing}, unknown {extra}, of another shape {misfits}"
+            f"{path} does not fit its configuration: missing {missing}, unknown {extra}, misshapen {misfits}"
         )
     codec.load_state_dict(tensors)
-    return codec.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    return fast_layout(codec).requires_grad_(False).eval()
+
+
+def fast_layout(codec: ConvCodec) -> ConvCodec:
+    """The same codec with its kernels in the layout that convolutions on a CPU are fastest in."""
+    return codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 @torch.no_grad()

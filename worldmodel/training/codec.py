@@ -1,0 +1,300 @@
+"""Train the convolutional codec, measure it on held-out episodes, and encode a dataset once for the flow.
+
+Axis letters: B batch, F pixel frames of a chunk, C latent channels, K chunks of an episode; h, w latent grid;
+height, width pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from worldmodel.codec.conv import (
+    ConvCodec,
+    ConvCodecConfig,
+    fast_layout,
+    load_codec,
+    round_to_half,
+    save_codec,
+)
+from worldmodel.errors import ConfigError, DataError
+from worldmodel.files import (
+    config_from_dict,
+    config_to_dict,
+    load_tensors,
+    read_json,
+    save_tensors,
+    write_json,
+)
+from worldmodel.training.episodes import EpisodeDataset, EpisodeSplit
+from worldmodel.training.loop import LoopConfig, Run
+
+NOISES = (0.0, 0.05, 0.1)  # standard deviations at which decoding is measured
+
+
+@dataclass(frozen=True)
+class CodecTraining:
+    """How to train a codec.
+
+    batch: chunks a step; half of them are the other half one frame later. noise: largest standard deviation
+    of the noise on the standardised latents, drawn anew for each chunk. smoothness: weight of the squared
+    distance that the latent moves in one frame. still: share of chunks that show one frame F times, as an
+    environment that starts from an image does. bf16: autocast to bfloat16. threads: of the processor.
+    """
+
+    model: ConvCodecConfig = ConvCodecConfig()
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=8_000, lr=2e-3, warmup=100))
+    batch: int = 64
+    noise: float = 0.12
+    smoothness: float = 1.0
+    still: float = 0.04
+    bf16: bool = True
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for values that cannot be used."""
+        if self.batch < 2 or self.batch % 2:
+            raise ConfigError(f"batch must be even and at least 2, got {self.batch}")
+
+
+def pendulum_codec(minutes: float | None = None) -> CodecTraining:
+    """The recipe of the shipped world's codec; ``minutes`` ends it by the clock."""
+    return CodecTraining(loop=LoopConfig(steps=8_000, minutes=minutes, lr=2e-3, warmup=100))
+
+
+class CodecStage:
+    """One training step: the log of the squared error through a noisy latent, plus the latent's smoothness.
+
+    The loss is half the log of the mean squared error, a Gaussian likelihood with its best variance, so it
+    pulls as strongly at 40 dB as at 20 dB. A squared error, unlike an absolute one, is not at rest at the
+    background.
+    """
+
+    def __init__(self, config: CodecTraining, split: EpisodeSplit) -> None:
+        torch.manual_seed(config.loop.seed)
+        self.config, self.split = config, split
+        self.codec = fast_layout(ConvCodec(config.model))
+        self.codec.background.copy_(median_background(split))
+
+    @property
+    def module(self) -> nn.Module:
+        """The codec."""
+        return self.codec
+
+    def pairs(self, rng: np.random.Generator) -> Tensor:
+        """(B, F, height, width, 3) uint8: B/2 chunks at any frame, then the same one frame later."""
+        size, half = self.config.model.frames, self.config.batch // 2
+        first, second = [], []
+        for index in rng.choice(np.array(self.split.indices), size=half):
+            frames = self.split.episode(int(index)).frames
+            start = int(rng.integers(len(frames) - size))
+            if rng.random() < self.config.still:
+                first.append(np.repeat(frames[start : start + 1], size, axis=0))
+                second.append(np.repeat(frames[start + 1 : start + 2], size, axis=0))
+            else:
+                first.append(frames[start : start + size])
+                second.append(frames[start + 1 : start + 1 + size])
+        return torch.from_numpy(np.stack(first + second))
+
+    def backward(
+        self, rng: np.random.Generator, generator: torch.Generator, progress: float
+    ) -> Mapping[str, float | Tensor]:
+        """See `worldmodel.training.loop.Stage`. Metrics: loss, psnr (dB, of noisy latents), motion."""
+        x = self.codec.to_input(self.pairs(rng))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
+            raw = self.codec.encoder(x)
+        raw = raw.float()
+        centred = raw - raw.mean(dim=0)
+        z = centred / (centred.square().mean(dim=(0, 2, 3), keepdim=True) + 1e-6).sqrt()
+        sigma = self.config.noise * torch.rand(len(z), 1, 1, 1, generator=generator)
+        noisy = z + sigma * torch.randn(z.shape, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
+            y = self.codec.decoder(noisy.contiguous(memory_format=torch.channels_last))
+        square = (y.float() - x).square().mean()
+        now, later = z.chunk(2)
+        motion = (later - now).square().mean()
+        loss = 0.5 * torch.log(square + 1e-8) + self.config.smoothness * motion
+        loss.backward()
+        psnr = 10 * torch.log10((255 / 128) ** 2 / square.detach())
+        return {"loss": loss.detach(), "psnr": psnr, "motion": motion.detach()}
+
+
+def median_background(split: EpisodeSplit, frames: int = 400) -> Tensor:
+    """(3, height, width) float32 in pixels: the median over frames spread evenly through the split."""
+    chosen = np.linspace(0, len(split.indices) - 1, min(frames, len(split.indices))).astype(int)
+    each = math.ceil(frames / len(chosen))
+    stack = []
+    for row in chosen:
+        clip = split.episode(split.indices[int(row)]).frames
+        stack += [clip[int(i)] for i in np.linspace(0, len(clip) - 1, each)]
+    median = np.median(np.stack(stack), axis=0).astype(np.float32)
+    return torch.from_numpy(rearrange(median, "height width c -> c height width").copy())
+
+
+def chunk_batches(split: EpisodeSplit, description: str, episodes: int | None = None) -> Iterator[Tensor]:
+    """The chunks (K, F, height, width, 3) uint8 of ``episodes`` episodes spread evenly, one by one."""
+    count = len(split.indices) if episodes is None else min(episodes, len(split.indices))
+    for row in tqdm(
+        np.linspace(0, len(split.indices) - 1, count).astype(int), desc=description, leave=False, delay=2
+    ):
+        frames = torch.from_numpy(split.episode(split.indices[int(row)]).frames)
+        yield rearrange(frames[1:], "(K F) height width c -> K F height width c", F=split.frame_skip)
+
+
+@torch.no_grad()
+def standardise(codec: ConvCodec, split: EpisodeSplit, episodes: int = 200) -> None:
+    """Set the codec's latent mean (by element) and deviation (by channel) from some episodes' chunks."""
+    codec.latent_mean.zero_()
+    codec.latent_std.fill_(1.0)
+    latents = torch.cat(
+        [codec.encode(chunks, {})[0] for chunks in chunk_batches(split, "standardise", episodes)]
+    )
+    codec.latent_mean.copy_(latents.mean(dim=(0, 1)))
+    deviation = (latents - codec.latent_mean).square().mean(dim=(0, 1, 3, 4)).sqrt()
+    codec.latent_std.copy_(deviation[:, None, None])
+
+
+@torch.no_grad()
+def measure_codec(codec: ConvCodec, split: EpisodeSplit, episodes: int | None = None) -> dict[str, float]:
+    """Reconstruction of real chunks of uint8 frames, in dB.
+
+    psnr: of the mean squared error over all chunks; psnr_chunk_mean and psnr_chunk_p5: mean and 5th
+    percentile of the chunks' own. psnr_noise_S: with N(0, S^2) on the standardised latents. motion: mean
+    squared distance that a latent moves from one chunk to the next, where two independent ones would be 2
+    apart.
+    """
+    generator = torch.Generator().manual_seed(0)
+    errors: dict[float, list[Tensor]] = {noise: [] for noise in NOISES}
+    moves = []
+    for chunks in chunk_batches(split, "measure codec", episodes):
+        latents, _ = codec.encode(chunks, {})
+        moves.append((latents[1:] - latents[:-1]).square().mean())
+        for noise in NOISES:
+            back, _ = codec.decode(latents + noise * torch.randn(latents.shape, generator=generator), {})
+            errors[noise].append((back.double() - chunks.double()).square().mean(dim=(1, 2, 3, 4)))
+    by_noise = {noise: torch.cat(parts) for noise, parts in errors.items()}
+    result = {"psnr" if not n else f"psnr_noise_{n:g}": float(_psnr(e.mean())) for n, e in by_noise.items()}
+    each = _psnr(by_noise[0.0])
+    return result | {
+        "psnr_chunk_mean": float(each.mean()),
+        "psnr_chunk_p5": float(each.quantile(0.05)),
+        "motion": float(torch.stack(moves).mean()),
+        "chunks": float(len(each)),
+    }
+
+
+def _psnr(square_error: Tensor) -> Tensor:
+    """dB from mean squared errors of 8-bit pixels; at most 100."""
+    return 10 * torch.log10(255.0**2 / square_error.clamp_min(255.0**2 / 1e10))
+
+
+def train_codec(config: CodecTraining, data: Path, folder: Path) -> dict[str, Any]:
+    """Train on the train split of the dataset in ``data``, continuing what is in ``folder``; export, measure.
+
+    Writes ``codec.safetensors`` (float16 weights) and ``codec.json`` (configuration, and quality on the
+    test split of the weights as written); returns the content of the latter.
+
+    Raises:
+        DataError: the dataset cannot be read or does not fit the configuration.
+        Interrupted, TrainingError, CheckpointError, ConfigError: as `worldmodel.training.loop.Run`.
+    """
+    dataset, folder = EpisodeDataset.open(data), Path(folder)
+    model = config.model
+    if dataset.frame_size != (model.height, model.width) or dataset.frame_skip != model.frames:
+        raise DataError(
+            f"{data} has chunks of {dataset.frame_skip} frames of {dataset.frame_size} pixels, the codec for "
+            f"{model.frames} of {(model.height, model.width)}; change the codec's configuration"
+        )
+    torch.set_num_threads(config.threads)
+    train = dataset.split("train")
+    stage = CodecStage(config, train)
+    run = Run(stage, config.loop, folder)
+    run.fit("codec")
+    codec = stage.codec.requires_grad_(False).eval()
+    round_to_half(codec)
+    standardise(codec, train)
+    save_codec(folder / "codec.safetensors", codec)
+    shipped = load_codec(folder / "codec.safetensors", model)
+    report = {
+        "codec": config_to_dict(model),
+        "training": config_to_dict(config),
+        "steps": run.step,
+        "minutes": run.elapsed / 60,
+        "parameters": sum(weight.numel() for weight in codec.parameters()),
+        "test": measure_codec(shipped, dataset.split("test")),
+    }
+    write_json(folder / "codec.json", report)
+    return report
+
+
+def load_trained_codec(folder: Path) -> ConvCodec:
+    """The codec that `train_codec` exported to ``folder``, frozen.
+
+    Raises:
+        CheckpointError: missing or corrupt.
+        ConfigError: its configuration cannot be used.
+    """
+    description = Path(folder) / "codec.json"
+    config = config_from_dict(ConvCodecConfig, read_json(description)["codec"], str(description))
+    return load_codec(Path(folder) / "codec.safetensors", config)
+
+
+class LatentEpisode(NamedTuple):
+    """An encoded episode: latents (K, C, h, w) float32, actions (K, ...), rewards, terminated (K,)."""
+
+    latents: Tensor
+    actions: Any
+    rewards: Tensor
+    terminated: Tensor
+
+
+@torch.no_grad()
+def encode_dataset(codec: ConvCodec, dataset: EpisodeDataset, path: Path) -> None:
+    """Encode every episode once, to one safetensors file that `load_latents` reads.
+
+    Raises:
+        DataError: an episode cannot be read, or its actions are text.
+        CheckpointError: the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for index in tqdm(range(dataset.episodes), desc="encode", unit="episode"):
+        episode = dataset.episode(index)
+        latents, _ = codec.encode(torch.from_numpy(episode.frames[None, 1:]), {})
+        tensors[f"{index:06d}/latents"] = latents[0]
+        tensors[f"{index:06d}/rewards"] = torch.from_numpy(episode.rewards)
+        tensors[f"{index:06d}/terminated"] = torch.from_numpy(episode.terminated)
+        named = episode.actions if isinstance(episode.actions, dict) else {"": episode.actions}
+        for name, array in named.items():
+            if array.dtype.kind not in "fiub":
+                raise DataError(f"{dataset.folder}: actions of {array.dtype} cannot be kept beside latents")
+            tensors[f"{index:06d}/actions" + (f"/{name}" if name else "")] = torch.from_numpy(array)
+    save_tensors(path, tensors, {"episodes": str(dataset.episodes)})
+
+
+def load_latents(path: Path) -> list[LatentEpisode]:
+    """What `encode_dataset` wrote, by episode index.
+
+    Raises:
+        CheckpointError: missing or corrupt.
+    """
+    groups: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in load_tensors(path).items():
+        number, _, key = name.partition("/")
+        groups.setdefault(int(number), {})[key] = tensor
+    episodes = []
+    for index in sorted(groups):
+        part = groups[index]
+        actions: Any = part.get("actions")
+        if actions is None:
+            actions = {k.removeprefix("actions/"): v for k, v in part.items() if k.startswith("actions/")}
+        episodes.append(LatentEpisode(part["latents"], actions, part["rewards"], part["terminated"]))
+    return episodes

@@ -1,0 +1,282 @@
+"""Collect episodes from a Gymnasium environment that renders: chunked action repeat, mixed policies."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import zipfile
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from tqdm import tqdm
+
+from worldmodel.condition.spaces import space_to_json
+from worldmodel.errors import ConfigError, DataError
+from worldmodel.files import config_to_dict, read_json, write_json
+from worldmodel.training.episodes import FORMAT_VERSION, Episode, episode_path, save_episode
+from worldmodel.training.policies import POLICIES, WIDE_STARTS, make_policy
+
+LARGEST_OBSERVATION = 1024  # numbers; larger ones (images) are not kept beside the frames
+
+
+@dataclass(frozen=True)
+class PolicyShare:
+    """A behaviour policy by name (see `policies.POLICIES`) and its relative share of the episodes."""
+
+    name: str
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """What to collect.
+
+    env, env_kwargs: for `gymnasium.make`; `module:Name-v0` imports the module first. episodes; chunks: K,
+    at most, of each. frame_skip: F, simulator steps that hold one action, each recorded as a frame.
+    frame_size: (height, width) after an area resize. hide: attributes of the simulator set to None while it
+    renders (Pendulum's "last_u" draws the torque). wide_starts: share of episodes that start from the
+    environment's wide start (`WIDE_STARTS`).
+    """
+
+    env: str = "Pendulum-v1"
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
+    episodes: int = 400
+    chunks: int = 50
+    frame_skip: int = 4
+    frame_size: tuple[int, int] = (64, 64)
+    policies: tuple[PolicyShare, ...] = (PolicyShare("random"), PolicyShare("random_held"))
+    hide: tuple[str, ...] = ()
+    wide_starts: float = 0.0
+    seed: int = 0
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for values that cannot be used."""
+        if min(self.episodes, self.chunks, self.frame_skip, self.workers, *self.frame_size) < 1:
+            raise ConfigError("episodes, chunks, frame_skip, frame_size and workers must be at least 1")
+        if not self.policies or any(policy.share <= 0 for policy in self.policies):
+            raise ConfigError("policies must name at least one policy, each with a share above 0")
+        for policy in self.policies:
+            if policy.name not in POLICIES:
+                raise ConfigError(f"no policy {policy.name!r}; choose from {', '.join(POLICIES)}")
+        if self.wide_starts and self.env not in WIDE_STARTS:
+            raise ConfigError(
+                f"no wide start for {self.env}; known for {', '.join(WIDE_STARTS)}; set it to 0"
+            )
+
+
+def pendulum() -> CollectConfig:
+    """The recipe of the shipped world: 900 episodes of Pendulum-v1 without the torque arrow."""
+    return CollectConfig(
+        env="Pendulum-v1",
+        episodes=900,
+        policies=(PolicyShare("random_held", 1.0), PolicyShare("pendulum_swing", 2.0)),
+        hide=("last_u",),
+        wide_starts=0.6,
+    )
+
+
+def collect(config: CollectConfig, folder: Path) -> None:
+    """Fill ``folder`` with episodes; those already there are kept, so an interrupted run continues.
+
+    Episode i is a function of (config, i) alone: neither the workers nor an interruption change it.
+
+    Raises:
+        ConfigError: the environment cannot be made or rendered, or the folder holds another collection.
+        KeyboardInterrupt: after Ctrl-C, with every file on disk whole.
+    """
+    folder = Path(folder)
+    info = _describe(config)
+    _check_same_collection(folder, info)
+    todo = [i for i in range(config.episodes) if not _is_whole(episode_path(folder, i))]
+    write_json(folder / "dataset.json", info | {"complete": not todo})
+    groups = [todo[i : i + 4] for i in range(0, len(todo), 4)]
+    bar = tqdm(
+        total=config.episodes,
+        initial=config.episodes - len(todo),
+        desc=f"collect {config.env}",
+        unit="episode",
+    )
+    context = multiprocessing.get_context("spawn")
+    with bar, ProcessPoolExecutor(config.workers, context, initializer=_quiet_worker) as pool:
+        futures = [pool.submit(_collect_group, config, folder, group) for group in groups]
+        for future in futures:
+            future.add_done_callback(
+                lambda f: bar.update(0 if f.cancelled() or f.exception() else f.result())
+            )
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    write_json(folder / "dataset.json", info | {"complete": True})
+
+
+def collect_episode(config: CollectConfig, env: gymnasium.Env[Any, Any], index: int) -> Episode:
+    """Episode ``index`` of a collection, a function of (config, index).
+
+    Raises:
+        ConfigError: the environment renders no RGB frames.
+    """
+    rng = np.random.default_rng((config.seed, index))
+    shares = np.array([policy.share for policy in config.policies])
+    name = config.policies[int(rng.choice(len(shares), p=shares / shares.sum()))].name
+    seed = int(rng.integers(2**31))
+    policy = make_policy(name, env.action_space, rng)
+    observation, _ = env.reset(seed=seed)
+    wide = bool(rng.random() < config.wide_starts)
+    if wide:
+        observation = WIDE_STARTS[config.env](env, rng)
+    frames, observations = [_render(env, config)], [_flat(env, observation)]
+    actions, rewards, terminated, truncated = [], [], [], []
+    for _ in range(config.chunks):
+        action, total, ended, cut = policy(env), 0.0, False, False
+        for _ in range(config.frame_skip):
+            if not (ended or cut):
+                observation, reward, ended, cut, _ = env.step(action)
+                total += float(reward)
+                frames.append(_render(env, config))
+                observations.append(_flat(env, observation))
+            else:
+                frames.append(frames[-1])
+                observations.append(observations[-1])
+        actions.append(action)
+        rewards.append(total)
+        terminated.append(bool(ended))
+        truncated.append(bool(cut))
+        if ended or cut:
+            break
+    truncated[-1] = not terminated[-1]
+    return Episode(
+        np.stack(frames),
+        _stack_actions(env.action_space, actions),
+        np.array(rewards, dtype=np.float32),
+        np.array(terminated),
+        np.array(truncated),
+        np.stack(observations),
+        {"index": index, "seed": seed, "policy": name, "wide_start": wide},
+    )
+
+
+def _make(config: CollectConfig) -> gymnasium.Env[Any, Any]:
+    """The environment, without a time limit of its own inside the episode."""
+    limit = config.chunks * config.frame_skip + 1
+    try:
+        return gymnasium.make(
+            config.env,
+            render_mode="rgb_array",
+            max_episode_steps=limit,
+            disable_env_checker=True,
+            **config.env_kwargs,
+        )
+    except (gymnasium.error.Error, ImportError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"cannot make {config.env} with render_mode rgb_array: {reason}") from error
+
+
+def _render(env: gymnasium.Env[Any, Any], config: CollectConfig) -> np.ndarray:
+    """(height, width, 3) uint8: the simulator's own picture, area-averaged down."""
+    simulator = env.unwrapped
+    kept = {name: getattr(simulator, name) for name in config.hide}
+    for name in kept:
+        setattr(simulator, name, None)
+    picture: Any = env.render()
+    for name, value in kept.items():
+        setattr(simulator, name, value)
+    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
+        raise ConfigError(
+            f"{config.env} does not render an RGB uint8 picture; only such environments can be used"
+        )
+    height, width = config.frame_size
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def _flat(env: gymnasium.Env[Any, Any], observation: Any) -> np.ndarray:
+    """The observation as float32 numbers; none if it is large or cannot be flattened."""
+    space = env.observation_space
+    if not space.is_np_flattenable or spaces.flatdim(space) > LARGEST_OBSERVATION:
+        return np.zeros(0, dtype=np.float32)
+    return np.asarray(spaces.flatten(space, observation), dtype=np.float32)
+
+
+def _stack_actions(space: gymnasium.Space[Any], actions: list[Any]) -> Any:
+    if isinstance(space, spaces.Dict):
+        return {name: _stack_actions(sub, [a[name] for a in actions]) for name, sub in space.spaces.items()}
+    return np.array(actions) if isinstance(space, spaces.Text) else np.array(actions, dtype=space.dtype)
+
+
+def _quiet_worker() -> None:
+    """Ctrl-C is the parent's to handle; one thread a worker; no window, no banner."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cv2.setNumThreads(1)
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+
+
+def _collect_group(config: CollectConfig, folder: Path, indices: list[int]) -> int:
+    env = _make(config)
+    try:
+        for index in indices:
+            save_episode(episode_path(folder, index), collect_episode(config, env, index))
+    finally:
+        env.close()
+    return len(indices)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an episode's archive is complete (its directory comes last)."""
+    return path.exists() and zipfile.is_zipfile(path)
+
+
+def _describe(config: CollectConfig) -> dict[str, Any]:
+    env = _make(config)
+    try:
+        env.reset(seed=0)
+        _render(env, config)
+        return {
+            "format_version": FORMAT_VERSION,
+            "episodes": config.episodes,
+            "frame_skip": config.frame_skip,
+            "frame_size": list(config.frame_size),
+            "fps": float(env.metadata.get("render_fps") or 30),
+            "action_space": space_to_json(env.action_space),
+            "collect": config_to_dict(replace(config, workers=1)),
+            "provenance": {
+                "gymnasium": gymnasium.__version__,
+                "numpy": np.__version__,
+                "opencv": cv2.__version__,
+                "python": sys.version.split()[0],
+            },
+        }
+    except AttributeError as error:
+        raise ConfigError(f"{config.env}: cannot hide {', '.join(config.hide)}: {error}") from error
+    finally:
+        env.close()
+
+
+def _check_same_collection(folder: Path, info: dict[str, Any]) -> None:
+    """A folder may grow by more episodes of the same collection, and of no other."""
+    if not (folder / "dataset.json").exists():
+        return
+    old = read_json(folder / "dataset.json")
+    if not isinstance(old, dict) or old.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{folder}/dataset.json is not of format version {FORMAT_VERSION}; choose another folder"
+        )
+    before, now = ({**data["collect"], "episodes": 0} for data in (old, info))
+    changed = [key for key in now if json.dumps(before.get(key)) != json.dumps(now[key])]
+    if changed:
+        raise ConfigError(
+            f"{folder} holds another collection ({', '.join(changed)} differ); choose another folder"
+        )

@@ -1,0 +1,262 @@
+"""The training loop that codec, flow and heads share: resumable after a kill at any moment, no pickle.
+
+A checkpoint is ``checkpoint.safetensors`` (weights, their moving average, both AdamW moments) whose header
+holds, as JSON, the step, the elapsed time and the settings; it is replaced atomically. The batch of a step
+is a function of (seed, step) alone, so a resumed run sees what an uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from worldmodel.errors import CheckpointError, ConfigError, TrainingError, WorldModelError
+from worldmodel.files import load_metadata, load_tensors, save_tensors
+
+REPORT_EVERY = 20  # steps
+CADENCE = ("save_seconds",)  # settings that may change between a run and its continuation
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How to optimise, with AdamW.
+
+    steps: length of the run. minutes: if given, the run ends by the clock too, and progress (which drives
+    the learning rate) is whichever of the two is further; such a run is not exactly repeatable. lr: peak
+    learning rate, reached after ``warmup`` steps, then cosine to ``lr * final_lr``. weight_decay: of
+    matrices and kernels. clip: largest gradient norm. ema: decay of the moving average of the weights,
+    which `Run.fit` leaves in the module. save_seconds: time between checkpoints.
+    """
+
+    steps: int = 10_000
+    minutes: float | None = None
+    lr: float = 1e-3
+    final_lr: float = 0.01
+    warmup: int = 200
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+    ema: float = 0.999
+    seed: int = 0
+    save_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for values that cannot be used."""
+        if self.steps < 1 or self.lr <= 0 or self.clip <= 0 or not 0 <= self.ema < 1:
+            raise ConfigError("steps, lr and clip must be above 0, and ema in [0, 1)")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ConfigError(f"minutes must be above 0, got {self.minutes}")
+
+
+class Stage(Protocol):
+    """What is trained: a module, and how one step computes its gradients."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose parameters are trained."""
+        ...
+
+    def backward(
+        self, rng: np.random.Generator, generator: torch.Generator, progress: float
+    ) -> Mapping[str, float | Tensor]:
+        """Draw a batch with ``rng`` and noise with ``generator``, accumulate gradients, return metrics.
+
+        "loss" is among the metrics. ``progress`` runs from 0 to 1 over the training.
+        """
+        ...
+
+
+class Interrupted(WorldModelError):
+    """The run was stopped by a signal after its checkpoint was written; run it again to continue."""
+
+
+@contextmanager
+def _signals_caught() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them in the middle of a step."""
+    caught: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+
+    before = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+class Run:
+    """One training run in a folder; continues from the checkpoint there, if any.
+
+    Raises:
+        ConfigError: the checkpoint was made with other settings.
+        CheckpointError: it is corrupt or holds another module.
+    """
+
+    def __init__(self, stage: Stage, config: LoopConfig, folder: Path) -> None:
+        self.stage, self.config, self.folder = stage, config, Path(folder)
+        self.file = self.folder / "checkpoint.safetensors"
+        self.weights = {n: p for n, p in stage.module.named_parameters() if p.requires_grad}
+        groups = [
+            {
+                "params": [p for p in self.weights.values() if p.ndim >= 2],
+                "weight_decay": config.weight_decay,
+            },
+            {"params": [p for p in self.weights.values() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+        self.average = {n: p.detach().clone() for n, p in self.weights.items()}
+        self.step, self.elapsed = 0, 0.0
+        if self.file.exists():
+            self._load()
+
+    @property
+    def progress(self) -> float:
+        """0 at the start, 1 when done."""
+        done = self.step / self.config.steps
+        if self.config.minutes is not None:
+            done = max(done, self.elapsed / (60.0 * self.config.minutes))
+        return min(done, 1.0)
+
+    def fit(self, description: str) -> None:
+        """Train to the end from where an earlier call stopped, then put the averaged weights into the module.
+
+        Raises:
+            Interrupted: after SIGINT or SIGTERM, once the checkpoint is written.
+            TrainingError: the loss or the gradient is not finite; the last checkpoint stays.
+        """
+        writer = _tensorboard(self.folder)
+        saved = last = time.monotonic()
+        bar = tqdm(total=self.config.steps, initial=self.step, desc=description, unit="step", smoothing=0.05)
+        with bar, _signals_caught() as caught:
+            while self.progress < 1.0:
+                metrics = self._one_step(description)
+                now = time.monotonic()
+                self.elapsed, last = self.elapsed + now - last, now
+                bar.update()
+                if self.step % REPORT_EVERY == 0:
+                    self._report(bar, writer, metrics)
+                if caught or now - saved > self.config.save_seconds:
+                    self.save()
+                    saved = time.monotonic()
+                if caught:
+                    raise Interrupted(
+                        f"{description}: stopped at step {self.step} with the checkpoint written; "
+                        "run the same command to continue"
+                    )
+        if self.step and not (self.file.exists() and self.step == self._saved_step()):
+            self.save()
+        if writer is not None:
+            writer.close()
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(self.average[name])
+
+    def _one_step(self, description: str) -> dict[str, float | Tensor]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr()
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics = self.stage.backward(
+            np.random.default_rng((self.config.seed, self.step)),
+            torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step),
+            self.progress,
+        )
+        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.clip)
+        if not math.isfinite(float(metrics["loss"])) or not math.isfinite(float(norm)):
+            raise TrainingError(
+                f"{description}: loss or gradient is not finite at step {self.step}; the checkpoint in "
+                f"{self.folder} is the last good one; lower the learning rate in a new run"
+            )
+        self.optimizer.step()
+        self.step += 1
+        decay = min(self.config.ema, self.step / (10.0 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1.0 - decay)
+        return {**metrics, "grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
+
+    def _lr(self) -> float:
+        config = self.config
+        warm = min(1.0, (self.step + 1) / max(config.warmup, 1))
+        cosine = 0.5 * (1.0 + math.cos(math.pi * self.progress))
+        return config.lr * warm * (config.final_lr + (1.0 - config.final_lr) * cosine)
+
+    def save(self) -> None:
+        """Write the checkpoint, atomically. Raises CheckpointError if it cannot be written."""
+        tensors: dict[str, Tensor] = {}
+        for name, weight in self.weights.items():
+            tensors[f"weight.{name}"] = weight
+            tensors[f"average.{name}"] = self.average[name]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment in self.optimizer.state[weight]:
+                    tensors[f"{moment}.{name}"] = self.optimizer.state[weight][moment]
+        header = {"step": self.step, "elapsed": self.elapsed, "config": asdict(self.config)}
+        save_tensors(self.file, tensors, {"run": json.dumps(header)})
+
+    def _header(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(load_metadata(self.file)["run"]))
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.file} is not a training checkpoint; delete it to start again"
+            ) from error
+
+    def _saved_step(self) -> int:
+        return int(self._header()["step"])
+
+    def _load(self) -> None:
+        header, tensors = self._header(), load_tensors(self.file)
+        now = json.loads(json.dumps(asdict(self.config)))
+        changed = [k for k in now if k not in CADENCE and now[k] != header["config"].get(k)]
+        if changed:
+            raise ConfigError(
+                f"{self.file} was made with other settings ({', '.join(changed)}); "
+                "restore them, or use another run folder"
+            )
+        for name, weight in self.weights.items():
+            saved = tensors.get(f"weight.{name}")
+            if saved is None or saved.shape != weight.shape:
+                raise CheckpointError(
+                    f"{self.file} does not fit this model ({name}); "
+                    "restore its configuration, or use another run folder"
+                )
+            weight.data.copy_(saved)
+            self.average[name].copy_(tensors[f"average.{name}"])
+            if f"exp_avg.{name}" in tensors:
+                moments = {
+                    m: torch.empty_like(weight).copy_(tensors[f"{m}.{name}"])
+                    for m in ("exp_avg", "exp_avg_sq")
+                }
+                self.optimizer.state[weight] = {"step": torch.tensor(float(header["step"])), **moments}
+        self.step, self.elapsed = int(header["step"]), float(header["elapsed"])
+
+    def _report(self, bar: tqdm, writer: Any, metrics: Mapping[str, float | Tensor]) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        left = self.elapsed * (1.0 - self.progress) / max(self.progress, 1e-6)
+        shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        bar.set_postfix_str(f"{shown} | {self.progress:.0%}, {left / 60:.0f} min left", refresh=False)
+        if writer is not None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, self.step)
+
+
+def _tensorboard(folder: Path) -> Any:
+    """A TensorBoard writer where tensorboard is installed (extra "train"), else None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))
