@@ -327,14 +327,15 @@ class DeepBlock(Block):
     def make_room(self, context: Context, keep: int | None) -> Context:
         """A context in which every row has room for one more frame.
 
-        ``keep`` frames: a full row restarts from its last ``keep`` u with positions from 0 (STARFlow-V's rule for long
-        videos). ``None``: rolling, the oldest frame is evicted and the others keep their K/V.
+        ``keep`` frames (at most ``window - 1``): a full row restarts from its last ``keep`` u with positions from 0
+        (STARFlow-V's rule for long videos). ``None``: rolling, the oldest frame is evicted and the others keep their K/V.
         """
         full = [c.frames >= context.window for c in context.cache.cohorts]
         if not any(full):
             return context
         if keep is None:
             return self._roll(context)
+        keep = min(keep, context.window - 1)
         if all(full):
             return self._reencode(context, keep)
         parts, row = [], 0
@@ -354,8 +355,9 @@ class DeepBlock(Block):
             context.uncond_text,
             0 if history is None else history.shape[-1],
         )
-        features = None if history is None else history[:, -keep:]
-        fresh, _ = self.commit(self.reserve(fresh, keep), context.u[:, -keep:], features)
+        if keep:
+            features = None if history is None else history[:, -keep:]
+            fresh, _ = self.commit(self.reserve(fresh, keep), context.u[:, -keep:], features)
         return replace(fresh, u=context.u, features=history)
 
     def _roll(self, context: Context) -> Context:
