@@ -183,7 +183,9 @@ def read_world(name: str | Path) -> WorldFiles:
 def _read_starts(file: Path, spec: WorldSpec) -> Mapping[str, np.ndarray]:
     try:
         with np.load(file, allow_pickle=False) as archive:
-            starts = {key: archive[key] for key in ("frames", "actions")}
+            starts = {key: archive[key] for key in archive.files}
+            if "frames" not in starts:
+                raise KeyError("frames")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(
             f"{file}: cannot be read ({error!s:.80}); copy the world directory again"

@@ -177,16 +177,24 @@ class WorldModel:
                 f"starts {list(starts)}: expected {len(seeds)} indices into a bank of {len(bank)}"
             )
         index = np.asarray(starts, dtype=np.int64)
-        actions = self.starts["actions"][index] if self.actions is not None else None
-        return self.observe_clip(self.initial_state(seeds), bank[index], actions)
+        return self.observe_clip(self.initial_state(seeds), bank[index], self.start_actions(index))
+
+    def start_actions(self, index: np.ndarray) -> Any:
+        """Actions (B, T, ...) of clips of the bank, or None for a world without actions."""
+        if self.actions is None:
+            return None
+        if "actions" in self.starts:
+            return self.starts["actions"][index]
+        named = {k.removeprefix("actions/"): v for k, v in self.starts.items() if k.startswith("actions/")}
+        return {k: v[index] for k, v in named.items()}
 
     def observe_clip(
-        self, state: WorldState, frames: np.ndarray | Tensor, actions: np.ndarray | None
+        self, state: WorldState, frames: np.ndarray | Tensor, actions: Any
     ) -> tuple[WorldState, list[Chunk]]:
-        """Observe several chunks: frames (B, T, F, height, width, 3) uint8, actions (B, T, ...) or None."""
+        """Observe several chunks: frames (B, T, F, height, width, 3) uint8, actions (B, T, ...) (dict of such) or None."""
         chunks = []
         for t in range(frames.shape[1]):
-            state, chunk = self.observe(state, frames[:, t], None if actions is None else actions[:, t])
+            state, chunk = self.observe(state, frames[:, t], _at(actions, t))
             chunks.append(chunk)
         return state, chunks
 
@@ -309,16 +317,10 @@ class WorldModel:
         self, state: WorldState, actions: Any, sampling: Sampling | None = None
     ) -> tuple[WorldState, list[Chunk]]:
         """Imagine T chunks: ``actions`` (B, T, ...), or a dict of such arrays."""
-
-        def at(t: int) -> Any:
-            return {k: v[:, t] for k, v in actions.items()} if isinstance(actions, Mapping) else actions[:, t]
-
-        horizon = (
-            len(next(iter(actions.values()))[0]) if isinstance(actions, Mapping) else np.shape(actions)[1]
-        )
+        horizon = np.shape(next(iter(actions.values())) if isinstance(actions, Mapping) else actions)[1]
         chunks = []
         for t in range(horizon):
-            state, chunk = self.step(state, at(t), sampling)
+            state, chunk = self.step(state, _at(actions, t), sampling)
             chunks.append(chunk)
         return state, chunks
 
@@ -420,3 +422,10 @@ class WorldModel:
             ),
             chunk,
         )
+
+
+def _at(actions: Any, t: int) -> Any:
+    """Actions of chunk t, from (B, T, ...), a dict of such arrays, or None."""
+    if isinstance(actions, Mapping):
+        return {k: v[:, t] for k, v in actions.items()}
+    return None if actions is None else actions[:, t]

@@ -1,0 +1,6 @@
+"""``python -m worldmodel``."""
+
+from worldmodel.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Put trained parts together into a world directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from worldmodel.checkpoint import WorldSpec, half_precision, write_world
+from worldmodel.condition.actions import ActionEncoderConfig
+from worldmodel.condition.spaces import packed_size, space_to_json
+from worldmodel.errors import ConfigError
+from worldmodel.files import config_to_dict, read_json
+from worldmodel.flow.flow import Flow
+from worldmodel.heads import Heads
+from worldmodel.training.codec import encode_dataset, load_latents, load_trained_codec, train_codec
+from worldmodel.training.episodes import EpisodeDataset, split_indices
+from worldmodel.training.evaluate import git_revision
+from worldmodel.training.flow import Latents, train_flow, train_heads
+from worldmodel.training.recipes import Recipe
+from worldmodel.world import WorldModel
+
+STAGES = ("codec", "flow", "heads")
+
+
+def train_world(recipe: Recipe, data: Path, run: Path, out: Path, until: str = "heads") -> WorldModel | None:
+    """Train codec, flow and heads in that order, up to ``until``, and export; what is finished is not trained again.
+
+    Returns the world, or None where ``until`` ends before the heads.
+
+    Raises:
+        ConfigError: ``until`` is no stage. DataError: the dataset does not fit the recipe. Interrupted: by a signal.
+    """
+    if until not in STAGES:
+        raise ConfigError(f"no stage {until!r}; choose from {', '.join(STAGES)}")
+    dataset = EpisodeDataset.open(data)
+    if not (run / "codec" / "codec.json").is_file():
+        train_codec(recipe.codec, data, run / "codec")
+    if until == "codec":
+        return None
+    cache = run / "latents.safetensors"
+    if not cache.is_file():
+        encode_dataset(load_trained_codec(run / "codec"), dataset, cache)
+    episodes = load_latents(cache)
+    train = [episodes[i] for i in split_indices(len(episodes), "train")]
+    latents = Latents.of(train, dataset.action_space)
+    flow, actions, flow_run = train_flow(recipe.flow, latents, run / "flow")
+    if until == "flow":
+        return None
+    heads, _ = train_heads(recipe.heads, latents, run / "heads")
+    parts = nn.ModuleDict({"flow": flow} if actions is None else {"flow": flow, "actions": actions})
+    export_world(recipe, dataset, len(train), run, out, parts, heads, flow_run.step)
+    return WorldModel.load(out)
+
+
+def export_world(
+    recipe: Recipe,
+    dataset: EpisodeDataset,
+    trained_on: int,
+    run: Path,
+    out: Path,
+    parts: nn.ModuleDict,
+    heads: Heads,
+    steps: int,
+) -> None:
+    """Write the world directory: float16 weights, a bank of starts from validation episodes, and the model card."""
+    codec = load_trained_codec(run / "codec")
+    report = read_json(run / "codec" / "codec.json")
+    flow = parts["flow"]
+    assert isinstance(flow, Flow)
+    packed = packed_size(dataset.action_space)
+    spec = WorldSpec(
+        name=recipe.name,
+        frame_size=dataset.frame_size,
+        fps=float(dataset.info["fps"]),
+        action_space_json=space_to_json(dataset.action_space),
+        flow=flow.config,
+        codec=codec.config,
+        actions=ActionEncoderConfig(packed, flow.config.action_features, recipe.flow.harmonics),
+        heads=heads.config,
+        environment=dataset.info["collect"],
+        provenance={
+            "recipe": config_to_dict(recipe),
+            "git_revision": git_revision(),
+            "torch": torch.__version__,
+            "codec_steps": report["steps"],
+            "flow_steps": steps,
+            "training_episodes": trained_on,
+        },
+        quality={"codec": report["test"]},
+    )
+    tensors = {"flow": half_precision(parts), "codec": half_precision(codec), "heads": half_precision(heads)}
+    write_world(out, spec, tensors, bank_of_starts(recipe, dataset), model_card(spec))
+
+
+def bank_of_starts(recipe: Recipe, dataset: EpisodeDataset) -> dict[str, np.ndarray]:
+    """Clips (S, T, F, height, width, 3) and actions (S, T, ...) from the beginning, middle and end of validation episodes."""
+    split = dataset.split("validation")
+    rng = np.random.default_rng(recipe.collect.seed)
+    windows = split.sample_windows(recipe.starts, recipe.start_chunks, rng)
+    if isinstance(windows.actions, dict):
+        packed = {f"actions/{k}": v for k, v in windows.actions.items()}
+    else:
+        packed = {"actions": windows.actions}
+    return {"frames": windows.frames, **packed}
+
+
+def model_card(spec: WorldSpec) -> str:
+    """README.md of a world directory."""
+    quality = spec.quality["codec"]
+    return f"""# {spec.name}
+
+A causal normalizing-flow world model (STARFlow-V, arXiv 2511.20462) of `{spec.environment.get("env")}`, trained on
+{spec.provenance["training_episodes"]} episodes from pixels at {spec.frame_size[0]} x {spec.frame_size[1]}, actions held for
+{spec.codec.frames} frames.
+
+    import worldmodel
+    world = worldmodel.WorldModel.load("{spec.name}")
+
+* Made by `worldmodel collect {spec.name}` and `worldmodel train {spec.name}`; the whole recipe is in `world.json`.
+* Codec on held-out chunks: {quality["psnr"]:.1f} dB. All other figures: `worldmodel evaluate {spec.name}`.
+* Likelihoods are of the noised latent (noise {spec.flow.noise_std}), in nats per chunk; not of pixels.
+* Limits: it knows one environment, seen from one camera, with the actions and speeds of its training episodes.
+
+Licence: MIT, like the package.
+"""

@@ -1,0 +1,121 @@
+"""The page of plots and the contact sheets of an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+
+from worldmodel.errors import ConfigError
+from worldmodel.files import write_atomic
+
+if TYPE_CHECKING:
+    from worldmodel.training.evaluate import Report
+
+STYLE = {
+    "open_loop": ("open loop", "C3"),
+    "teacher_forced": ("teacher-forced", "C0"),
+    "codec_only": ("codec only", "C2"),
+    "repeat_last_chunk": ("repeat last chunk", "0.5"),
+}
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError('plots need matplotlib; install it with: pip install "worldmodel[demo]"') from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _curve(axes: Any, values: list[dict[str, float]], label: str, colour: str) -> None:
+    horizon = np.arange(1, len(values) + 1)
+    axes.plot(horizon, [v["value"] for v in values], color=colour, label=label)
+    axes.fill_between(
+        horizon, [v["low"] for v in values], [v["high"] for v in values], color=colour, alpha=0.2, lw=0
+    )
+
+
+def plot_report(report: Report, folder: Path) -> None:
+    """Write ``evaluation.png`` (a page of plots) and ``pictures.png`` (real against imagined).
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    plt = _pyplot()
+    numbers = report.numbers
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
+    ways = numbers["pictures"]
+    for metric, axis, title in (
+        ("psnr", axes[0, 0], "PSNR (dB)"),
+        ("ssim", axes[0, 1], "SSIM"),
+        ("angle_error_degrees", axes[0, 2], "median error of the angle (degrees)"),
+    ):
+        for name, (label, colour) in STYLE.items():
+            if metric in ways[name]:
+                _curve(axis, ways[name][metric], label, colour)
+        axis.set(xlabel="chunks after the real context", title=title)
+        axis.grid(alpha=0.3)
+    if axes[0, 2].lines:
+        axes[0, 2].set_yscale("log")
+    axes[0, 0].legend()
+    names = {"true": "true action", "none": "no action", "wrong": "wrong action"}
+    for axis, key, title in (
+        (axes[1, 0], "nats_per_chunk", "log-density of the noised latent (nats a chunk)"),
+        (axes[1, 1], "bits_per_dim", "bits per latent dimension"),
+    ):
+        values = [numbers["likelihood"][k][key] for k in names]
+        centre = np.array([v["value"] for v in values])
+        errors = np.abs(np.array([[v["low"], v["high"]] for v in values]).T - centre)
+        axis.errorbar(range(3), centre, yerr=errors, fmt="o", capsize=6)
+        axis.set_xticks(range(3), list(names.values()))
+        axis.set(title=title)
+        axis.grid(alpha=0.3)
+    reward = numbers["likelihood"]["reward"]
+    lines = [
+        f"world {numbers['world']}   revision {numbers['git_revision']}",
+        f"held-out clips: {numbers['data']['held_out_clips']}, context {numbers['context_chunks']} chunks",
+        f"reward R2, teacher-forced: {reward['r2']:.4f}  [{reward['low']:.4f}, {reward['high']:.4f}]",
+        f"reward R2, open loop: {ways['open_loop']['reward']['r2']:.4f}",
+        f"codec PSNR of the mean error: {ways['codec_only']['psnr_of_mean_error']:.2f} dB",
+    ]
+    if "endurance" in numbers:
+        e = numbers["endurance"]
+        lines += [
+            f"open loop of {e['chunks']} chunks, PSNR to the nearest real frame:",
+            f"   first tenth {e['sharpness_psnr_first_tenth']['value']:.1f} dB, "
+            f"last tenth {e['sharpness_psnr_last_tenth']['value']:.1f} dB",
+            f"   degrees a frame: {e['degrees_a_frame_last_tenth']['value']:.1f} "
+            f"(real {e['degrees_a_frame_real']['value']:.1f})",
+        ]
+    axes[1, 2].axis("off")
+    axes[1, 2].text(0.0, 0.95, "\n".join(lines), va="top", family="monospace", fontsize=9)
+    figure.suptitle("Shaded: 95 % bootstrap intervals over held-out clips")
+    write_atomic(folder / "evaluation.png", lambda file: figure.savefig(file, dpi=110, format="png"))
+    plt.close(figure)
+    write_sheet(folder / "pictures.png", contact_sheet(report))
+
+
+def contact_sheet(report: Report, scale: int = 2) -> np.ndarray:
+    """(height, width, 3) uint8: for each clip the last frame of every chunk, real above open loop; then the long run."""
+    rows = []
+    for clip in range(len(report.pictures["real"])):
+        for name in ("real", "open_loop"):
+            rows.append(np.concatenate(list(report.pictures[name][clip, :, -1]), axis=1))
+        rows.append(np.full((4, rows[0].shape[1], 3), 160, dtype=np.uint8))
+    for strip in report.pictures.get("endurance", []):
+        line = np.concatenate(list(strip), axis=1)[:, : rows[0].shape[1]]
+        rows.append(np.pad(line, ((0, 0), (0, rows[0].shape[1] - line.shape[1]), (0, 0)), constant_values=160))
+    sheet = np.concatenate(rows)
+    return np.repeat(np.repeat(sheet, scale, axis=0), scale, axis=1)
+
+
+def write_sheet(path: Path, picture: np.ndarray) -> None:
+    """Write a picture (height, width, 3) uint8 RGB as PNG, atomically."""
+    _, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    write_atomic(path, lambda file: file.write_bytes(data.tobytes()))
