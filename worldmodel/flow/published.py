@@ -46,7 +46,7 @@ def config_from_published(arguments: Mapping[str, Any], **overrides: Any) -> Flo
     """A `FlowConfig` from the reference constructor's arguments.
 
     Raises:
-        ConfigError: an unknown argument, or one set to what STARFlow-V does not use.
+        ConfigError: an unknown or missing argument, or one set to what STARFlow-V does not use.
     """
     unknown = sorted(set(arguments) - set(_ARGUMENTS) - set(_FIXED) - set(_IRRELEVANT))
     if unknown:
@@ -57,6 +57,8 @@ def config_from_published(arguments: Mapping[str, Any], **overrides: Any) -> Flo
         if arguments.get(name, value) != value:
             raise ConfigError(f"model argument {name} is {arguments[name]!r}; STARFlow-V needs {value!r}")
     values = {ours: arguments[theirs] for theirs, ours in _ARGUMENTS.items() if theirs in arguments}
+    if missing := sorted({"in_channels", "channels", "layers_per_block"} - set(values)):
+        raise ConfigError(f"missing model arguments {missing}")
     values["layers_per_block"] = tuple(values["layers_per_block"])
     blocks = arguments.get("num_blocks", len(values["layers_per_block"]))
     if blocks != len(values["layers_per_block"]):
@@ -67,37 +69,26 @@ def config_from_published(arguments: Mapping[str, Any], **overrides: Any) -> Flo
     return FlowConfig(**{**values, **overrides})
 
 
-_LAYER = {
-    "attention.norm": "attention.norm",
-    "attention.qkv": "attention.qkv",
-    "attention.proj": "attention.out",
-    "mlp.norm": "mlp.norm",
-    "mlp.main.0": "mlp.up",
-    "mlp.main.2": "mlp.down",
-}
-_PART = {"proj_in": "proj_in", "proj_out": "proj_out", "proj_txt": "proj_text", "final_norm": "final_norm"}
+_OWNERS = (("deep.", "blocks.{deep}."), ("shallow.", "blocks."), ("denoiser.", "learnable_self_denoiser."))
+_RENAMED = (
+    ("transformer.", ""),
+    ("layers.", "attn_blocks."),
+    ("attention.out.", "attention.proj."),
+    ("mlp.up.", "mlp.main.0."),
+    ("mlp.down.", "mlp.main.2."),
+    ("proj_text.", "proj_txt."),
+)
 
 
-def _our_key(key: str, deep: int) -> str | None:
-    """Our name of a published key, or None where it has none."""
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)|learnable_self_denoiser\.(.+)", key)
-    if match is None:
-        return None
-    index, rest, denoiser_rest = match.groups()
-    if denoiser_rest is not None:
-        owner, rest = "denoiser", denoiser_rest
-    else:
-        owner = "deep" if int(index) == deep else f"shallow.{int(index)}"
-        if rest == "sos_embed":
-            return f"{owner}.sos"
-    layer = re.fullmatch(r"attn_blocks\.(\d+)\.(.+)\.(weight|bias)", rest)
-    if layer is not None:
-        name = _LAYER.get(layer[2])
-        return None if name is None else f"{owner}.transformer.layers.{layer[1]}.{name}.{layer[3]}"
-    part = re.fullmatch(r"([a-z_]+)\.(weight|bias)", rest)
-    if part is not None and part[1] in _PART:
-        return f"{owner}.transformer.{_PART[part[1]]}.{part[2]}"
-    return None
+def published_key(name: str, deep: int) -> str:
+    """The published name of one of our state-dict keys; ``deep`` is the deep block's index."""
+    for ours, theirs in _OWNERS:
+        if name.startswith(ours):
+            name = theirs.format(deep=deep) + name.removeprefix(ours)
+            break
+    for ours, theirs in _RENAMED:
+        name = name.replace(ours, theirs)
+    return re.sub(r"\.sos$", ".sos_embed", name)
 
 
 def load_published(flow: Flow, state: Mapping[str, Tensor]) -> None:
@@ -109,26 +100,25 @@ def load_published(flow: Flow, state: Mapping[str, Tensor]) -> None:
         CheckpointError: listing every missing, unexpected and wrongly shaped key.
     """
     deep = len(flow.config.layers_per_block) - 1
-    ours = dict(flow.state_dict())
-    mapped: dict[str, Tensor] = {}
-    unexpected, shapes = [], []
-    for key, value in state.items():
-        if key.rsplit(".", 1)[-1] in DEAD_BUFFERS:
-            continue
-        name = _our_key(key, deep)
-        if name is None or name not in ours:
-            unexpected.append(key)
-            continue
+    ours = {k: v for k, v in flow.state_dict().items() if "proj_action" not in k}
+    names = {published_key(name, deep): name for name in ours}
+    given = {k: v for k, v in state.items() if k.rsplit(".", 1)[-1] not in DEAD_BUFFERS}
+    mapped, shapes = {}, []
+    for key in names.keys() & given.keys():
+        name, value = names[key], given[key]
         value = value.reshape(-1) if name.endswith(".sos") else value
         if value.shape != ours[name].shape:
             shapes.append(f"{key} {tuple(value.shape)} (expected {tuple(ours[name].shape)})")
         mapped[name] = value
-    missing = sorted(k for k in ours if k not in mapped and "proj_action" not in k)
     problems = [
-        f"{what}: {', '.join(names)}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
-        if names
+        f"{what}: {', '.join(sorted(keys))}"
+        for what, keys in (
+            ("missing", names.keys() - given.keys()),
+            ("unexpected", given.keys() - names.keys()),
+            ("wrong shape", shapes),
+        )
+        if keys
     ]
     if problems:
         raise CheckpointError("checkpoint does not fit the configuration; " + "; ".join(problems))
-    flow.load_state_dict({**ours, **mapped})
+    flow.load_state_dict({**flow.state_dict(), **mapped})
