@@ -41,7 +41,9 @@ def jacobian(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 
 
 def lower_triangular(matrix: Tensor, block: int) -> bool:
-    """Whether all above the diagonal blocks of size ``block`` is exactly zero, and the diagonal is positive."""
+    """Whether all above the diagonal blocks of size ``block`` is exactly zero, and the diagonal is
+    positive.
+    """
     n = matrix.shape[0] // block
     blocks = matrix.reshape(n, block, n, block).transpose(1, 2)
     above = torch.ones(n, n, dtype=torch.bool).triu(1)

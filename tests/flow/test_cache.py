@@ -58,7 +58,7 @@ def same(a: Context, b: Context) -> bool:
     return torch.equal(keys_values(a), keys_values(b)) and torch.equal(a.u, b.u)
 
 
-# ---- what is stored -------------------------------------------------------------------------------------------------
+# ---- what is stored ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_keys_stored_rotated_equal_rotating_again(dtype: torch.dtype) -> None:
     """Rotating all keys at once over the whole table equals rotating frame by frame as they are appended."""
@@ -103,7 +103,7 @@ def test_the_cache_is_of_the_commit_and_not_of_the_solver() -> None:
     assert same(after, clean)
 
 
-# ---- snapshots ------------------------------------------------------------------------------------------------------
+# ---- snapshots ---------------------------------------------------------------------------------------------
 def test_an_old_state_stays_valid_after_newer_ones_were_written() -> None:
     base = history([1, 2])
     kept = keys_values(base).clone()
@@ -118,7 +118,9 @@ def test_an_old_state_stays_valid_after_newer_ones_were_written() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_interleaved_branches_equal_their_own_histories(seed: int) -> None:
-    """A random tree of commits, forks, selections and abandoned reservations: every node ever made stays right."""
+    """A random tree of commits, forks, selections and abandoned reservations: every node ever made stays
+    right.
+    """
     chance = random.Random(seed)
     nodes: list[tuple[Context, list[list[int]]]] = [(start(), [[]])]
     for number in range(30):
@@ -179,7 +181,7 @@ def test_release_gives_the_slots_back() -> None:
     FLOW.deep.release(twice)
 
 
-# ---- forks ----------------------------------------------------------------------------------------------------------
+# ---- forks -------------------------------------------------------------------------------------------------
 def test_fork_shares_pages_and_costs_nothing() -> None:
     base = history([1, 2, 3])
     many = base.fork(64)
@@ -256,7 +258,7 @@ def test_nbytes_counts_what_is_in_view() -> None:
     assert start().cache.nbytes == 0
 
 
-# ---- eviction -------------------------------------------------------------------------------------------------------
+# ---- eviction ----------------------------------------------------------------------------------------------
 def cohort_of(lengths: list[int], prefix: int = 0) -> Cohort:
     """A cohort of 1 row whose K/V count up along the tokens, in segments of the given lengths."""
     segments, first = [], 0

@@ -27,7 +27,9 @@ TEXT = draw(2, 3, 5, seed=6)
 
 @dataclass(frozen=True)
 class Transform:
-    """parameters: tokens (B, S, D) in own order to the affine map; to_own: a clip (B, T, N, D) to such tokens."""
+    """parameters: tokens (B, S, D) in own order to the affine map; to_own: a clip (B, T, N, D) to such
+    tokens.
+    """
 
     parameters: Callable[[Tensor], Affine]
     to_own: Callable[[Tensor], Tensor]
