@@ -100,6 +100,7 @@ def decoder(config: ConvCodecConfig) -> nn.Sequential:
         last = nn.Conv2d(config.widths[level], channels * size**2, kernel, padding=kernel // 2)
         layers += [*([] if level else [nn.SiLU()]), last, nn.PixelShuffle(size)]
     nn.init.normal_(last.weight, std=1e-3)
+    nn.init.zeros_(last.bias)
     return nn.Sequential(*layers)
 
 
@@ -229,7 +230,7 @@ def load_codec(path: Path, config: ConvCodecConfig) -> ConvCodec:
 
 def fast_layout(codec: ConvCodec) -> ConvCodec:
     """The same codec with its kernels in the layout that convolutions on a CPU are fastest in."""
-    return codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 @torch.no_grad()

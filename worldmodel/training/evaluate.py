@@ -260,20 +260,20 @@ def endurance(world: WorldModel, clips: Clips, config: EvaluateConfig, report: R
     if probe is None or not config.long_horizon:
         return
     off_picture, _ = probe
-    state = world.initial_state([10_000 + i for i in range(16)])
-    c = config.context
-    state, _ = world.observe_clip(state, clips.frames[:16, :c], clips.actions[:16, :c])
+    rows, c = min(16, len(clips.frames)), config.context
+    state = world.initial_state([10_000 + i for i in range(rows)])
+    state, _ = world.observe_clip(state, clips.frames[:rows, :c], clips.actions[:rows, :c])
     rng, space = np.random.default_rng(config.seed), world.spec.action_space
     bank = clips.frames.reshape(-1, *clips.frames.shape[3:])
     order = np.argsort(off_picture(bank))
     angles = off_picture(bank)[order]
     sharpness, speeds, kept = [], [], []
     space.seed(config.seed)
-    held = np.stack([space.sample() for _ in range(len(state.steps))])
+    held = np.stack([space.sample() for _ in range(rows)])
     last = None
     for t in tqdm(range(config.long_horizon), desc=f"{config.long_horizon} chunks open loop", unit="chunk"):
         if t % 4 == 0:
-            fresh = np.stack([space.sample() for _ in range(len(state.steps))])
+            fresh = np.stack([space.sample() for _ in range(rows)])
             held = np.where(rng.random(len(held)).reshape(-1, *[1] * (held.ndim - 1)) < 0.5, fresh, held)
         state, chunk = world.step(state, held.astype(space.dtype))
         frames = chunk.frames.numpy()

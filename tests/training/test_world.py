@@ -1,0 +1,226 @@
+"""From a real environment to a world that steps and is evaluated: the whole way at a small size."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from worldmodel.checkpoint import read_world
+from worldmodel.codec.conv import ConvCodecConfig
+from worldmodel.errors import ConfigError, DataError
+from worldmodel.files import config_from_dict, config_to_dict
+from worldmodel.flow.flow import FlowConfig
+from worldmodel.training.codec import CodecTraining
+from worldmodel.training.collect import CollectConfig, PolicyShare, collect
+from worldmodel.training.episodes import EpisodeDataset
+from worldmodel.training.evaluate import EvaluateConfig, evaluate, interval, psnr, r_squared, ssim, summary
+from worldmodel.training.export import train_world
+from worldmodel.training.flow import FlowStage, FlowTraining, HeadsTraining, Latents
+from worldmodel.training.loop import LoopConfig
+from worldmodel.training.probes import pendulum_angle, pendulum_true_angle, wrap
+from worldmodel.training.recipes import RECIPES, Recipe, load_recipe
+from worldmodel.world import WorldModel
+
+FLOW = FlowConfig(
+    in_channels=4,
+    patch_size=1,
+    channels=32,
+    top_channels=32,
+    layers_per_block=(1, 1),
+    head_dim=32,
+    position_scale=2.0,
+    action_features=8,
+    noise_std=0.2,
+    window=6,
+    context=3,
+    denoiser_layers=1,
+    denoiser_window=1,
+    denoiser_look_ahead=1,
+)
+
+
+def small_recipe(steps: int = 3) -> Recipe:
+    loop = LoopConfig(steps=steps, warmup=1, lr=1e-3)
+    return Recipe(
+        name="small",
+        collect=CollectConfig(
+            env="Pendulum-v1",
+            env_kwargs={},
+            episodes=20,
+            chunks=8,
+            frame_size=(32, 32),
+            policies=(PolicyShare("random_held"),),
+            hide=("last_u",),
+            workers=1,
+        ),
+        codec=CodecTraining(
+            model=ConvCodecConfig(
+                height=32,
+                width=32,
+                latent_channels=4,
+                widths=(8, 8, 16),
+                encoder_blocks=(0, 0, 0),
+                decoder_blocks=(0, 0, 0),
+            ),
+            loop=loop,
+            batch=8,
+            threads=1,
+        ),
+        flow=FlowTraining(FLOW, loop, batch=4, length=5, threads=1),
+        heads=HeadsTraining(loop, width=16, batch=16),
+        starts=3,
+        start_chunks=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    root, recipe = tmp_path_factory.mktemp("small"), small_recipe()
+    collect(recipe.collect, root / "data")
+    assert train_world(recipe, root / "data", root / "run", root / "world", until="codec") is None
+    world = train_world(recipe, root / "data", root / "run", root / "world")
+    assert isinstance(world, WorldModel)
+    return recipe, root
+
+
+def test_trained_world_steps_with_finite_likelihood(made: tuple[Recipe, Path]) -> None:
+    world = WorldModel.load(made[1] / "world")
+    state, chunks = world.reset([0, 1])
+    state, chunk = world.step(state, np.zeros((2, 1), dtype=np.float32))
+    assert len(chunks) == 2 and chunk.frames.shape == (2, 4, 32, 32, 3)
+    assert torch.isfinite(chunk.log_prob).all() and torch.isfinite(chunk.reward).all()
+
+
+def test_world_json_holds_the_recipe(made: tuple[Recipe, Path]) -> None:
+    spec = read_world(made[1] / "world").spec
+    assert config_from_dict(Recipe, spec.provenance["recipe"], "world.json") == made[0]
+    assert spec.environment["env"] == "Pendulum-v1"
+
+
+def test_finished_stages_are_not_trained_again(made: tuple[Recipe, Path]) -> None:
+    recipe, root = made
+    before = {f: f.stat().st_mtime_ns for f in (root / "run").rglob("*.safetensors")}
+    train_world(recipe, root / "data", root / "run", root / "again")
+    assert {f: f.stat().st_mtime_ns for f in (root / "run").rglob("*.safetensors")} == before
+    for name in ("flow", "codec", "heads"):
+        again, first = ((root / d / f"{name}.safetensors").read_bytes() for d in ("again", "world"))
+        assert again == first
+
+
+def test_evaluation_is_complete_and_on_held_out_episodes(made: tuple[Recipe, Path]) -> None:
+    _, root = made
+    config = EvaluateConfig(context=2, horizon=4, long_horizon=10, bootstrap=50)
+    numbers = evaluate(
+        WorldModel.load(root / "world"), EpisodeDataset.open(root / "data"), root / "report", config
+    )
+    assert numbers["data"]["held_out_clips"] == 2  # the last tenth of 20: never seen in training
+    assert json.loads((root / "report" / "evaluation.json").read_text())["git_revision"]
+    for way in ("open_loop", "teacher_forced", "codec_only", "repeat_last_chunk"):
+        assert len(numbers["pictures"][way]["psnr"]) == 4
+    for png in ("evaluation.png", "pictures.png"):
+        assert (root / "report" / png).read_bytes().startswith(b"\x89PNG")
+    assert "nats a chunk" in summary(numbers)
+
+
+def test_evaluation_refuses_a_dataset_of_another_size(made: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, root = made
+    collect(replace(recipe.collect, frame_size=(16, 16), episodes=2), tmp_path / "data")
+    with pytest.raises(DataError, match=r"16.*32"):
+        evaluate(WorldModel.load(root / "world"), EpisodeDataset.open(tmp_path / "data"), tmp_path / "out")
+
+
+def test_flow_training_lowers_the_loss_and_depends_on_the_action() -> None:
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (40, 6, 1)).astype(np.float32)
+    latents = np.cumsum(actions, axis=1)[..., None, None] * np.ones((1, 1, 4, 2, 2), dtype=np.float32)
+    data = Latents(
+        torch.from_numpy(latents.reshape(-1, 4, 2, 2)),
+        torch.from_numpy(actions.reshape(-1, 1)),
+        torch.zeros(240),
+        torch.zeros(240, dtype=torch.bool),
+        np.full(40, 6),
+    )
+    stage = FlowStage(FlowTraining(FLOW, batch=16, length=6, bf16=False, threads=1), data)
+    optimizer = torch.optim.AdamW(stage.module.parameters(), 3e-3)
+    losses = []
+    for step in range(60):
+        optimizer.zero_grad()
+        metrics = stage.backward(np.random.default_rng(step), torch.Generator().manual_seed(step), 0.0)
+        optimizer.step()
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.3
+    assert stage.flow.deep.transformer.proj_action.weight.abs().max() > 0
+    assert float(metrics["score"]) < 1.0  # the denoiser explains part of the noise
+
+
+def test_denoiser_target_is_the_score_of_the_flow() -> None:
+    """For a flow that is the identity, p(x~) = N(0, 1): the target must be sigma^2 / 0.3 * x~."""
+    data = Latents(
+        torch.randn(30, 4, 2, 2, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(30, 1),
+        torch.zeros(30),
+        torch.zeros(30, dtype=torch.bool),
+        np.full(5, 6),
+    )
+    stage = FlowStage(FlowTraining(FLOW, batch=3, length=5, bf16=False, threads=1), data)
+    seen: dict[str, torch.Tensor] = {}
+    score = stage.flow.denoiser.score
+
+    def spy(noisy: torch.Tensor, *rest: object) -> torch.Tensor:
+        seen["noisy"] = noisy
+        seen["score"] = score(noisy, *rest)
+        return seen["score"]
+
+    stage.flow.denoiser.score = spy  # type: ignore[method-assign]
+    metrics = stage.backward(np.random.default_rng(0), torch.Generator().manual_seed(0), 0.0)
+    target = seen["noisy"] * FLOW.noise_std**2 / 0.3
+    expected = (seen["score"] - target).square().mean() * (0.3 / FLOW.noise_std) ** 2
+    assert float(metrics["score"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_recipes_round_trip_and_refuse_unknown_keys(tmp_path: Path) -> None:
+    for name in RECIPES:
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(config_to_dict(load_recipe(name))))
+        assert load_recipe(str(file)) == load_recipe(name)
+    file.write_text(json.dumps({**config_to_dict(load_recipe("pendulum")), "epochs": 3}))
+    with pytest.raises(ConfigError, match="epochs"):
+        load_recipe(str(file))
+    with pytest.raises(ConfigError, match="pendulum"):
+        load_recipe("nothing")
+
+
+def test_pendulum_probe_reads_the_simulator_to_a_third_of_a_degree(tmp_path: Path) -> None:
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    config = CollectConfig(
+        env="Pendulum-v1", episodes=1, chunks=8, hide=("last_u",), workers=1, wide_starts=1.0
+    )
+    collect(config, tmp_path)
+    episode = EpisodeDataset.open(tmp_path).episode(0)
+    error = np.degrees(wrap(pendulum_angle(episode.frames) - pendulum_true_angle(episode.observations)))
+    assert np.abs(error).max() < 0.35
+    assert np.isnan(pendulum_angle(np.full((64, 64, 3), 255, dtype=np.uint8)))
+
+
+def test_picture_metrics_and_intervals() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 256, (2, 3, 4, 16, 16, 3), dtype=np.uint8)
+    shifted = np.clip(a.astype(int) + 10, 0, 255).astype(np.uint8)
+    mse = np.square(a.astype(float) - shifted).mean((2, 3, 4, 5))
+    np.testing.assert_allclose(psnr(a, shifted), 10 * np.log10(255**2 / mse), rtol=1e-5)
+    np.testing.assert_allclose(ssim(a, a), 1.0)
+    assert (ssim(a, rng.integers(0, 256, a.shape, dtype=np.uint8)) < 0.2).all()
+    config = EvaluateConfig(bootstrap=400)
+    found = interval(rng.normal(5.0, 1.0, 400), np.mean, config)
+    assert found["low"] < 5.0 < found["high"] and found["high"] - found["low"] == pytest.approx(
+        0.196, abs=0.04
+    )
+    true = rng.normal(size=(20, 5))
+    assert r_squared(true, true, config)["r2"] == 1.0
+    assert r_squared(np.full_like(true, true.mean()), true, config)["r2"] == pytest.approx(0.0)
