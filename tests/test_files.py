@@ -1,0 +1,108 @@
+"""Configurations are strict, writes are atomic, and broken files are one-line errors."""
+
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from worldmodel.errors import CheckpointError, ConfigError
+from worldmodel.files import (
+    config_from_dict,
+    config_to_dict,
+    load_metadata,
+    load_tensors,
+    read_json,
+    save_tensors,
+    write_atomic,
+    write_json,
+)
+
+
+@dataclass(frozen=True)
+class Inner:
+    name: str
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Outer:
+    steps: int
+    inner: Inner = Inner("a")
+    many: tuple[Inner, ...] = ()
+    size: tuple[int, int] = (1, 2)
+    minutes: float | None = None
+
+
+def test_a_config_survives_the_round_trip() -> None:
+    config = Outer(3, Inner("b", 2), (Inner("c"),), (4, 5), 1.5)
+    assert config_from_dict(Outer, config_to_dict(config), "here") == config
+
+
+@pytest.mark.parametrize(
+    ("mapping", "words"),
+    [
+        ({"stps": 1, "x": 2}, ["stps", "x", "missing keys: steps"]),
+        ({"steps": 1, "inner": {"nam": "q"}}, ["here: inner", "nam", "missing keys: name"]),
+        ({"steps": "many"}, ["here: steps", "expected int"]),
+        ({"steps": True}, ["expected int"]),
+        ({"steps": 1, "size": [1, 2, 3]}, ["expected 2 values"]),
+        ({"steps": 1, "minutes": "soon"}, ["here: minutes"]),
+        ([1], ["expected an object"]),
+    ],
+)
+def test_a_wrong_config_says_what_is_wrong(mapping: Any, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(Outer, mapping, "here")
+    assert all(word in str(caught.value) for word in words)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_old_file_survives_a_full_disk(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_tensors(path, {"a": torch.arange(3)})
+
+    def full(temporary: Path) -> None:
+        temporary.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left"):
+        write_atomic(path, full)
+    assert load_tensors(path)["a"].tolist() == [0, 1, 2]
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_tensors_and_metadata_survive_the_round_trip(tmp_path: Path) -> None:
+    tensors = {
+        "half": torch.randn(2, 3).half(),
+        "view": torch.arange(6).reshape(2, 3).T,
+        "flag": torch.tensor([True]),
+    }
+    save_tensors(tmp_path / "t", tensors, {"step": "4"})
+    loaded = load_tensors(tmp_path / "t")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert loaded["half"].dtype == torch.float16
+    assert load_metadata(tmp_path / "t") == {"step": "4"}
+
+
+@pytest.mark.parametrize("keep", [0, 4, 30, 60])
+def test_truncated_tensors_are_one_line(tmp_path: Path, keep: int) -> None:
+    save_tensors(tmp_path / "t", {"a": torch.zeros(100)})
+    (tmp_path / "t").write_bytes((tmp_path / "t").read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="truncated or corrupt") as caught:
+        load_tensors(tmp_path / "t")
+    assert "\n" not in str(caught.value)
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    write_json(tmp_path / "j.json", {"a": [1, 2.5]})
+    assert read_json(tmp_path / "j.json") == {"a": [1, 2.5]}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "j.json", {"a": float("nan")})
+    (tmp_path / "j.json").write_text("{")
+    with pytest.raises(CheckpointError, match="truncated or corrupt"):
+        read_json(tmp_path / "j.json")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_json(tmp_path / "none.json")
