@@ -12,11 +12,11 @@ SAMPLE, OBSERVE, SCORE = 0, 1, 2
 _MASK = (1 << 64) - 1
 
 
-def child_branch(branch: int, child: int) -> int:
-    """Branch id of a fork's child; child 0 keeps its parent's, so ``fork(1)`` continues the same sequence."""
+def child_branch(branch: int, forks: int, child: int) -> int:
+    """Branch id of a child of a session that was forked ``forks`` times before; child 0 keeps its parent's."""
     if child == 0:
         return branch
-    x = (branch * 0x9E3779B97F4A7C15 + child * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & _MASK
+    x = (branch * 0x9E3779B97F4A7C15 + child * 0xBF58476D1CE4E5B9 + (forks + 1) * 0x94D049BB133111EB) & _MASK
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = ((x ^ (x >> shift)) * factor) & _MASK
     return (x ^ (x >> 31)) & (_MASK >> 1)

@@ -26,7 +26,7 @@ class WorldState:
     context: the deep block's past (K/V pages, last inputs, action features, prompts).
     noisy: (B, R, N, D) the last noisy tokens, right-aligned, for the denoiser. latent: (B, C, h, w) the last clean
     latent. codec: the codec's streaming state, rows on axis 0. seeds, branches, steps: (B,) int64, what the noise is a
-    function of; ``steps`` counts the chunks of a session. log_prob: (B,) float64, nats of all chunks since the start.
+    function of; ``steps`` counts the chunks of a session. forks: (B,) int64, how often a branch was forked. log_prob: (B,) float64, nats of all chunks since the start.
     """
 
     context: Context
@@ -35,6 +35,7 @@ class WorldState:
     codec: Mapping[str, Tensor]
     seeds: Tensor
     branches: Tensor
+    forks: Tensor
     steps: Tensor
     log_prob: Tensor
 
@@ -59,12 +60,18 @@ class WorldState:
     def fork(self, n: int) -> WorldState:
         """Each session becomes ``n`` consecutive ones that share its past; child 0 keeps the parent's noise.
 
+        The others, and those of later forks, get noise of their own: no two branches of a tree repeat each other.
+
         Raises:
             ValueError: n < 1.
         """
         if n < 1:
             raise ValueError(f"fork({n}): expected at least 1")
-        branches = [child_branch(int(b), child) for b in self.branches.tolist() for child in range(n)]
+        if n == 1:
+            return self
+        parents = list(zip(self.branches.tolist(), self.forks.tolist(), strict=True))
+        branches = [child_branch(b, forks, child) for b, forks in parents for child in range(n)]
+        forked = [0 if child else forks + 1 for _, forks in parents for child in range(n)]
         return WorldState(
             self.context.fork(n),
             repeat_rows(self.noisy, n),
@@ -72,6 +79,7 @@ class WorldState:
             {k: repeat_rows(v, n) for k, v in self.codec.items()},
             self.seeds.repeat_interleave(n),
             torch.tensor(branches, dtype=torch.int64),
+            torch.tensor(forked, dtype=torch.int64),
             self.steps.repeat_interleave(n),
             self.log_prob.repeat_interleave(n),
         )
@@ -95,6 +103,7 @@ class WorldState:
             {k: v[on_device] for k, v in self.codec.items()},
             self.seeds[index],
             self.branches[index],
+            self.forks[index],
             self.steps[index],
             self.log_prob[index],
         )
@@ -115,6 +124,7 @@ class WorldState:
             {k: torch.cat([s.codec[k] for s in states]) for k in states[0].codec},
             join("seeds"),
             join("branches"),
+            join("forks"),
             join("steps"),
             join("log_prob"),
         )
@@ -122,7 +132,8 @@ class WorldState:
     def reseed(self, seeds: Sequence[int]) -> WorldState:
         """The same sessions with other noise from here on; ``seeds`` (B,)."""
         new = torch.tensor([int(s) for s in seeds], dtype=torch.int64)
-        return replace(self, seeds=new, branches=torch.zeros_like(new))
+        zero = torch.zeros_like(new)
+        return replace(self, seeds=new, branches=zero, forks=zero)
 
     def _tensors(self) -> dict[str, Tensor]:
         c = self.context
@@ -135,6 +146,7 @@ class WorldState:
             "latent": self.latent,
             "seeds": self.seeds,
             "branches": self.branches,
+            "forks": self.forks,
             "steps": self.steps,
             "log_prob": self.log_prob,
             **{f"codec.{k}": v for k, v in self.codec.items()},
@@ -208,7 +220,7 @@ class WorldState:
                 tensors.get("uncond_text"),
             )
             codec = {k.removeprefix("codec."): v for k, v in tensors.items() if k.startswith("codec.")}
-            counters = [tensors[k].cpu() for k in ("seeds", "branches", "steps", "log_prob")]
+            counters = [tensors[k].cpu() for k in ("seeds", "branches", "forks", "steps", "log_prob")]
             return cls(context, tensors["noisy"], tensors["latent"], codec, *counters)
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise CheckpointError(f"{path}: not a saved world state ({error!r:.80})") from error

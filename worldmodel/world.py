@@ -156,6 +156,7 @@ class WorldModel:
             torch.tensor([int(s) for s in seeds], dtype=torch.int64),
             zero,
             zero.clone(),
+            zero.clone(),
             torch.zeros(rows, dtype=torch.float64),
         )
 
