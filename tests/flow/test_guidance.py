@@ -65,9 +65,9 @@ def test_guided_density_is_the_change_of_variables_of_the_guided_sampler(text: b
 def guided_update(
     flow: Flow, context: Context, guess: Tensor, w: Tensor, action: Tensor, weight: float
 ) -> Tensor:
-    """``mu + sigma w`` of the guided map, from the facts page: no cache, two passes over the past and the guess.
+    """``mu + sigma w`` of the guided map, from the facts page: no cache, two passes over past and guess.
 
-    Guided by the action: the other pass has the past's actions but not this one. By a prompt: no action at all.
+    Guided by the action: the other pass lacks this one but has the past's. By a prompt: no action at all.
     """
     frames = context.frames[0]
     u = torch.cat((context.u[:, -frames:], flow.deep.to_raster(guess)[:, None]), dim=1)

@@ -172,8 +172,7 @@ def published_keys(flow: Flow) -> dict[str, Tensor]:
 
 
 def test_the_7b_model_on_the_meta_device(capsys: pytest.CaptureFixture[str]) -> None:
-    """The public configuration builds without storage, at the published size, and takes its own state dict.
-    """
+    """The public configuration builds without storage, at the published size."""
     config = config_from_published(SEVEN_B)
     assert (config.noise_std, config.window, config.context, config.denoiser_layers) == (0.5, 21, 16, 8)
     begin = time.monotonic()
