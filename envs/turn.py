@@ -185,8 +185,7 @@ def choose_start(world: WorldModel, source: Mapping[str, Any], rng: np.random.Ge
     index = source["bank_index"] if "bank_index" in source else int(rng.integers(len(bank)))
     if not _is_int(index) or not 0 <= index < len(bank):
         raise InputError(f"bank_index is {index!r}, expected an integer in [0, {len(bank)})")
-    actions = world.starts["actions"][index] if world.actions is not None else None
-    return Start(bank[index], actions)
+    return Start(bank[index], world.start_actions(np.asarray(index)))
 
 
 def _is_int(value: Any) -> bool:

@@ -12,6 +12,12 @@ from worldmodel import WorldModelError
 SIDE = 384  # pixels, the shown picture's longer side at least
 
 
+def windows_available() -> bool:
+    """Whether this OpenCV was built with windows; the headless wheel was not."""
+    lines = (line.split() for line in cv2.getBuildInformation().splitlines())
+    return ["GUI:", "NONE"] not in lines
+
+
 class Window:
     """A window; open after the first `show`.
 
@@ -20,8 +26,7 @@ class Window:
     """
 
     def __init__(self, title: str, fps: float) -> None:
-        gui = [line for line in cv2.getBuildInformation().splitlines() if line.strip().startswith("GUI:")]
-        if any("NONE" in line for line in gui):
+        if not windows_available():
             raise WorldModelError(
                 'render_mode "human" needs an OpenCV with windows: pip uninstall opencv-python-headless, '
                 "pip install opencv-python; or use rgb_array"

@@ -38,7 +38,7 @@ from envs.turn import (
     session_seed,
     turns,
 )
-from envs.window import Window
+from envs.window import Window, windows_available
 from worldmodel import Chunk, InputError, Score, WorldModel, WorldState
 
 Step = tuple[np.ndarray, float, bool, bool, dict[str, Any]]
@@ -68,7 +68,10 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
         InputError: an option that is not one of its choices. CheckpointError: no such world.
     """
 
-    metadata: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": 20}
+    metadata: dict[str, Any] = {
+        "render_modes": [mode for mode in RENDER_MODES if mode != "human" or windows_available()],
+        "render_fps": 20,
+    }
 
     def __init__(
         self,

@@ -55,13 +55,15 @@ def toy_flow(seed: int = 0, **overrides: object) -> Flow:
     return flow.eval().requires_grad_(False)
 
 
-def write_toy(path: Path, space: spaces.Space = BOX, seed: int = 0, **overrides: object) -> Path:
-    """A toy world directory with the given action space."""
+def write_toy(
+    path: Path, space: spaces.Space = BOX, seed: int = 0, frame: tuple[int, int] = FRAME, **overrides: object
+) -> Path:
+    """A toy world directory with the given action space and frame size."""
     flow = toy_flow(seed, **overrides)
     codec = ConvCodec(
         ConvCodecConfig(
-            height=FRAME[0],
-            width=FRAME[1],
+            height=frame[0],
+            width=frame[1],
             latent_channels=flow.config.in_channels,
             widths=(8, 16, 16),
             encoder_blocks=(1, 0, 0),
@@ -70,13 +72,13 @@ def write_toy(path: Path, space: spaces.Space = BOX, seed: int = 0, **overrides:
     )
     codec.background.fill_(128.0)
     randomise(codec, seed, 1.0)
-    cells = FRAME[0] // codec.spatial_stride, FRAME[1] // codec.spatial_stride
+    cells = frame[0] // codec.spatial_stride, frame[1] // codec.spatial_stride
     packed = packed_size(space)
     actions = ActionEncoder(ActionEncoderConfig(packed, flow.config.action_features))
     heads = Heads(HeadsConfig(flow.config.in_channels * cells[0] * cells[1], packed, 16))
     spec = WorldSpec(
         name="toy",
-        frame_size=FRAME,
+        frame_size=frame,
         fps=20.0,
         action_space_json=space_to_json(space),
         flow=flow.config,
@@ -87,9 +89,13 @@ def write_toy(path: Path, space: spaces.Space = BOX, seed: int = 0, **overrides:
     rng = np.random.default_rng(seed)
     space.seed(seed)
     sampled = [[space.sample() for _ in range(2)] for _ in range(5)]
+    keys = {f"actions/{k}": k for k in space} if isinstance(space, spaces.Dict) else {"actions": None}
     starts = {
-        "frames": rng.integers(0, 256, (5, 2, 4, *FRAME, 3), dtype=np.uint8),
-        "actions": np.array(sampled) if not isinstance(space, spaces.Dict) else np.zeros((5, 2)),
+        "frames": rng.integers(0, 256, (5, 2, 4, *frame, 3), dtype=np.uint8),
+        **{
+            name: np.array([[a if key is None else a[key] for a in clip] for clip in sampled])
+            for name, key in keys.items()
+        },
     }
     parts = nn.ModuleDict({"flow": flow, "actions": actions})
     tensors = {"flow": half_precision(parts), "codec": half_precision(codec), "heads": half_precision(heads)}
