@@ -61,7 +61,7 @@ def space_from_json(data: Mapping[str, Any]) -> spaces.Space[Any]:
             return spaces.Dict({k: space_from_json(v) for k, v in data["spaces"].items()})
         if kind == "Text":
             return spaces.Text(int(data["max_length"]), charset=string.printable)
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"not a description of a space: {data!r:.120} ({error})") from error
     raise ConfigError(f"unknown kind of space {kind!r}; expected Discrete, MultiDiscrete, Box, Dict or Text")
 
@@ -84,7 +84,10 @@ def pack_actions(space: spaces.Space[Any], actions: Any, rows: int) -> np.ndarra
             raise InputError(f"action must be a dict with keys {sorted(space.spaces)}, got {_short(actions)}")
         parts = [pack_actions(sub, actions[key], rows) for key, sub in space.spaces.items()]
         return np.concatenate(parts, axis=1)
-    array = np.asarray(actions)
+    try:
+        array = np.asarray(actions)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"action is not an array: {_line(error)}") from error
     shape = (rows, *(space.shape or ()))
     if array.dtype == object or array.dtype.kind not in "fiub" or array.shape != shape:
         raise InputError(
@@ -93,7 +96,7 @@ def pack_actions(space: spaces.Space[Any], actions: Any, rows: int) -> np.ndarra
     if isinstance(space, spaces.Box):
         return _pack_box(space, array)
     if array.dtype.kind not in "iu":
-        raise InputError(f"action has dtype {array.dtype}, expected integers for {space}")
+        raise InputError(f"action has dtype {array.dtype}, expected integers for {_line(space)}")
     if isinstance(space, spaces.Discrete):
         return _one_hot(array.astype(np.int64) - int(space.start), int(space.n), space)
     if isinstance(space, spaces.MultiDiscrete):
@@ -102,28 +105,33 @@ def pack_actions(space: spaces.Space[Any], actions: Any, rows: int) -> np.ndarra
         return np.concatenate(
             [_one_hot(c, int(n), space) for c, n in zip(columns.T, sizes, strict=True)], axis=1
         )
-    raise InputError(f"actions of {space} cannot be packed")
+    raise InputError(f"actions of {_line(space)} cannot be packed")
 
 
 def _pack_box(space: spaces.Box, array: np.ndarray) -> np.ndarray:
     values = array.astype(np.float64).reshape(len(array), -1)
     low, high = (np.asarray(b, dtype=np.float64).reshape(-1) for b in (space.low, space.high))
     slack = 1e-6 * np.maximum(1.0, np.abs(np.where(np.isfinite(high), high, 1.0)))
-    good = np.isfinite(values) & (values >= low - slack) & (values <= high + slack)
+    good = (np.abs(values) <= np.finfo(np.float32).max) & (values >= low - slack) & (values <= high + slack)
     if not good.all():
         row = int(np.argwhere(~good)[0][0])
-        raise InputError(f"action {array[row]} (row {row}) is outside {space}")
+        raise InputError(f"action {_line(array[row])} (row {row}) is outside {_line(space)}")
     bounded = np.isfinite(low) & np.isfinite(high) & (high > low)
-    centre, half = np.where(bounded, (high + low) / 2, 0.0), np.where(bounded, (high - low) / 2, 1.0)
+    low, high = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
+    centre, half = (high + low) / 2, (high - low) / 2
     return ((values - centre) / half).astype(np.float32)
 
 
 def _one_hot(index: np.ndarray, n: int, space: spaces.Space[Any]) -> np.ndarray:
     if ((index < 0) | (index >= n)).any():
         row = int(np.argwhere((index < 0) | (index >= n))[0][0])
-        raise InputError(f"action of row {row} is outside {space}")
+        raise InputError(f"action of row {row} is outside {_line(space)}")
     return np.eye(n, dtype=np.float32)[index]
 
 
 def _short(value: Any) -> str:
-    return f"{sorted(value)}" if isinstance(value, Mapping) else type(value).__name__
+    return _line(sorted(map(str, value))) if isinstance(value, Mapping) else type(value).__name__
+
+
+def _line(value: Any) -> str:
+    return f"{' '.join(str(value).split()):.120}"
