@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -114,7 +115,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
             f"cannot write {path} ({error}); what was there is unchanged; free some space or write elsewhere"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder is no folder, there is nothing to remove
+            temporary.unlink(missing_ok=True)
 
 
 def save_tensors(
