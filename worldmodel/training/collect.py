@@ -138,7 +138,7 @@ def collect_episode(config: CollectConfig, env: gymnasium.Env[Any, Any], index: 
     wide = bool(rng.random() < config.wide_starts)
     if wide:
         observation = WIDE_STARTS[config.env](env, rng)
-    frames, observations = [_render(env, config)], [_flat(env, observation)]
+    frames, observations = [take_picture(env, config)], [_flat(env, observation)]
     actions, rewards, terminated, truncated = [], [], [], []
     for _ in range(config.chunks):
         action, total, ended, cut = policy(env), 0.0, False, False
@@ -146,7 +146,7 @@ def collect_episode(config: CollectConfig, env: gymnasium.Env[Any, Any], index: 
             if not (ended or cut):
                 observation, reward, ended, cut, _ = env.step(action)
                 total += float(reward)
-                frames.append(_render(env, config))
+                frames.append(take_picture(env, config))
                 observations.append(_flat(env, observation))
             else:
                 frames.append(frames[-1])
@@ -185,7 +185,7 @@ def _make(config: CollectConfig) -> gymnasium.Env[Any, Any]:
         raise ConfigError(f"cannot make {config.env} with render_mode rgb_array: {reason}") from error
 
 
-def _render(env: gymnasium.Env[Any, Any], config: CollectConfig) -> np.ndarray:
+def take_picture(env: gymnasium.Env[Any, Any], config: CollectConfig) -> np.ndarray:
     """(height, width, 3) uint8: the simulator's own picture, area-averaged down."""
     simulator = env.unwrapped
     kept = {name: getattr(simulator, name) for name in config.hide}
@@ -243,7 +243,7 @@ def _describe(config: CollectConfig) -> dict[str, Any]:
     env = _make(config)
     try:
         env.reset(seed=0)
-        _render(env, config)
+        take_picture(env, config)
         return {
             "format_version": FORMAT_VERSION,
             "episodes": config.episodes,
