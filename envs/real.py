@@ -26,7 +26,7 @@ class ChunkedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         hide: attributes of the simulator set to None while it renders; "last_u" is Pendulum's torque arrow.
 
     Raises:
-        InputError: it cannot be made, has another render mode, or lacks an attribute to hide.
+        InputError: it cannot be made, or has another render mode.
         ConfigError: it renders no RGB picture.
     """
 
@@ -52,9 +52,6 @@ class ChunkedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
                 raise InputError(f"cannot make the environment: {' '.join(str(error).split())}") from error
         if env.render_mode != "rgb_array":
             raise InputError(f'render_mode is {env.render_mode!r}; make the environment with "rgb_array"')
-        missing = [name for name in hide if not hasattr(env.unwrapped, name)]
-        if missing:
-            raise InputError(f"{env.unwrapped} has no attribute {', '.join(missing)} to hide")
         super().__init__(env)
         shape = (frame_skip, *frame_size, 3)
         self.observation_space = spaces.Box(0, 255, shape, np.uint8)
@@ -64,8 +61,15 @@ class ChunkedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """As the environment; the first picture F times."""
+        """As the environment; the first picture F times.
+
+        Raises:
+            InputError: the simulator lacks an attribute that is to be hidden.
+        """
         observation, info = self.env.reset(seed=seed, options=options)
+        missing = [name for name in self.camera.hide if not hasattr(self.env.unwrapped, name)]
+        if missing:
+            raise InputError(f"{self.env.unwrapped} has no attribute {', '.join(missing)} to hide")
         self.new_frames = np.stack([self._picture()] * self.camera.frame_skip)
         return self.new_frames.copy(), {**info, "observation": observation}
 
@@ -86,4 +90,4 @@ class ChunkedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         return self.new_frames.copy(), total, bool(terminated), bool(truncated), info
 
     def _picture(self) -> np.ndarray:
-        return collect._render(self.env, self.camera)
+        return collect.take_picture(self.env, self.camera)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -45,9 +47,11 @@ def write_video(path: str | Path, frames: np.ndarray | Sequence[np.ndarray], fps
 def _write_stream(temporary: Path, suffix: str, bgr: np.ndarray, fps: float) -> None:
     named = temporary.with_name(temporary.name + suffix)  # OpenCV picks the container by suffix
     height, width = bgr.shape[1:3]
-    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:
-        writer = cv2.VideoWriter(str(named), cv2.VideoWriter.fourcc(*CODECS[suffix]), fps, (width, height))
+        with _quiet():
+            writer = cv2.VideoWriter(
+                str(named), cv2.VideoWriter.fourcc(*CODECS[suffix]), fps, (width, height)
+            )
         if not writer.isOpened():
             raise WorldModelError(f"this OpenCV cannot write {suffix}; try another of {', '.join(CODECS)}")
         for frame in bgr:
@@ -55,8 +59,20 @@ def _write_stream(temporary: Path, suffix: str, bgr: np.ndarray, fps: float) -> 
         writer.release()
         named.replace(temporary)
     finally:
-        cv2.utils.logging.setLogLevel(level)
         named.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on standard error: past every log level, FFmpeg warns of a missing tag for VP8."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _write_gif(temporary: Path, suffix: str, bgr: np.ndarray, fps: float) -> None:

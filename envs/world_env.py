@@ -189,10 +189,11 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
         """Keys for `gymnasium.utils.play`: left / right for one torque, digits and arrows for discrete
         actions.
 
-        Call it as ``play(env, noop=env.unwrapped.noop_action())``: its own default, 0, is no action of a Box.
+        Call it as ``play(env, noop=env.unwrapped.noop_action)``: its own default, 0, is no action of a Box.
         """
         return keys_to_action(self.action_space)
 
+    @property
     def noop_action(self) -> Any:
         """What to do when no key is pressed."""
         return noop_action(self.action_space)

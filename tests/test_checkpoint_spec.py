@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.toy import write_toy
 
+from tests.toy import write_toy
 from worldmodel import ConfigError, checkpoint
 from worldmodel.checkpoint import find_world, read_spec, read_world
 from worldmodel.errors import CheckpointError

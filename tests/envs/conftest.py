@@ -1,8 +1,8 @@
 from pathlib import Path
 
 import pytest
-from tests.toy import write_toy
 
+from tests.toy import write_toy
 from worldmodel import WorldModel
 
 

@@ -10,9 +10,9 @@ import pytest
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import RecordVideo
-from tests.toy import write_toy
 
 import envs
+from tests.toy import write_toy
 from worldmodel import WorldModel
 from worldmodel.checkpoint import SHIPPED
 
@@ -172,7 +172,7 @@ def test_play_with_the_keyboard(toy: WorldModel, monkeypatch: pytest.MonkeyPatch
             pygame.event.post(script[len(actions)])
 
     assert isinstance(env.metadata["render_fps"], int)
-    play(env, zoom=2.0, callback=callback, seed=0, noop=env.noop_action())
+    play(env, zoom=2.0, callback=callback, seed=0, noop=env.noop_action)
     assert actions == [0, 0, 2, 2, 2, 0, -2, -2, -2]
 
 
@@ -183,7 +183,7 @@ def test_keys_of_discrete_actions(tmp_path: Path) -> None:
     assert keys[(ord("2"),)] == 2
     assert len(keys) == 6
     assert all(action in env.action_space for action in keys.values())
-    assert env.noop_action() == 0
+    assert env.noop_action == 0
 
 
 def test_ppo_runs_unmodified(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.utils.env_match import check_environments_match
-from tests.toy import write_toy
 
 import envs
+from tests.toy import write_toy
 from worldmodel import CheckpointError, Chunk, DataError, InputError, WorldModel, WorldModelError
 from worldmodel.condition.spaces import space_to_json
 from worldmodel.files import write_json

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from tests.toy import write_toy
 
 import envs
+from tests.toy import write_toy
 from worldmodel import InputError, WorldModel
 
 HORIZONS = [2, 3, 5]
