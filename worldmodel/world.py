@@ -350,8 +350,13 @@ class WorldModel:
     def _encode(
         self, state: WorldState, frames: np.ndarray | Tensor
     ) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
-        pixels = torch.as_tensor(frames)
         expected = (state.rows, *self.frames_shape)
+        try:
+            pixels = torch.as_tensor(frames)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"frames are of type {type(frames).__name__}, expected a uint8 array of shape {expected}"
+            ) from error
         if pixels.dtype != torch.uint8 or tuple(pixels.shape) != expected:
             raise InputError(
                 f"frames have shape {tuple(pixels.shape)} and dtype {pixels.dtype}, expected {expected} uint8"
