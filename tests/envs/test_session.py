@@ -100,6 +100,7 @@ def test_restore_repeats_the_future(toy: WorldModel, tmp_path: Path, step_mode: 
     elsewhere = envs.WorldModelEnv(toy, step_mode=step_mode, max_chunks=5, render_mode="rgb_array")
     for other, saved in ((env, moment), (elsewhere, envs.Snapshot.load(tmp_path / "moment"))):
         other.restore(saved)
+        assert other.np_random.bit_generator.state == moment.rng
         np.testing.assert_array_equal(other.render(), picture)
         assert torch.equal(other.last_chunk.log_prob_map, chunk.log_prob_map)
         assert_same([*play(other, 11), (other.reset()[0],)], future)

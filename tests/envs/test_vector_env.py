@@ -162,6 +162,9 @@ def test_rendering(toy: WorldModel, step_mode: Any) -> None:
     assert lists is not None
     assert [len(frames) for frames in lists] == ([16, 16] if step_mode == "chunk" else [4, 4])
     assert [len(frames) for frames in env.render() or ()] == [0, 0]
+    env.step(env.action_space.sample())
+    env.reset(seed=0)
+    assert [len(frames) for frames in env.render() or ()] == ([4, 4] if step_mode == "chunk" else [1, 1])
     still = envs.WorldModelVectorEnv(toy, 2, step_mode=step_mode, render_mode="rgb_array")
     observations, _ = still.reset(seed=0)
     last = observations[:, -1] if step_mode == "chunk" else observations
