@@ -1,0 +1,154 @@
+"""Collecting: whatever the workers and interruptions, the same episodes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from worldmodel.errors import ConfigError
+from worldmodel.training.collect import CollectConfig, PolicyShare, collect, collect_episode, pendulum
+from worldmodel.training.episodes import EpisodeDataset, episode_path
+from worldmodel.training.policies import POLICIES, make_policy
+
+CARTPOLE = CollectConfig("CartPole-v1", episodes=6, chunks=30, frame_size=(16, 24))
+
+
+def contents(folder: Path) -> list[dict[str, np.ndarray]]:
+    episodes = []
+    for path in sorted((folder / "episodes").iterdir()):
+        with np.load(path, allow_pickle=False) as file:
+            episodes.append({name: file[name] for name in file.files})
+    return episodes
+
+
+def same(a: list[dict[str, np.ndarray]], b: list[dict[str, np.ndarray]]) -> bool:
+    return len(a) == len(b) and all(np.array_equal(x[k], y[k]) for x, y in zip(a, b, strict=True) for k in x)
+
+
+def test_episodes_do_not_depend_on_workers_or_gaps(tmp_path: Path) -> None:
+    collect(CARTPOLE, tmp_path / "two")
+    two = contents(tmp_path / "two")
+    collect(replace(CARTPOLE, workers=1, episodes=3), tmp_path / "grown")
+    episode_path(tmp_path / "grown", 0).unlink()
+    path = episode_path(tmp_path / "grown", 1)
+    path.write_bytes(path.read_bytes()[:-200])
+    kept = episode_path(tmp_path / "grown", 2).stat().st_mtime_ns
+    collect(replace(CARTPOLE, workers=1), tmp_path / "grown")
+    assert same(two, contents(tmp_path / "grown"))
+    assert episode_path(tmp_path / "grown", 2).stat().st_mtime_ns == kept
+
+    dataset = EpisodeDataset.open(tmp_path / "two")
+    assert (dataset.episodes, dataset.frame_size, dataset.frame_skip) == (6, (16, 24), 4)
+    assert dataset.action_space == spaces.Discrete(2)
+    for index in range(6):
+        episode = dataset.episode(index)
+        assert episode.terminated[-1] and not episode.terminated[:-1].any() and not episode.truncated.any()
+        assert 0 < episode.rewards[-1] <= 4 and (episode.rewards[:-1] == 4).all()
+        steps = int(episode.rewards.sum())
+        assert all((frame == episode.frames[steps]).all() for frame in episode.frames[steps:])
+    with pytest.raises(ConfigError, match="another collection .chunks differ"):
+        collect(replace(CARTPOLE, chunks=31), tmp_path / "two")
+
+
+def test_ctrl_c_leaves_whole_episodes(tmp_path: Path) -> None:
+    script = f"""
+from pathlib import Path
+from dataclasses import replace
+from worldmodel.training.collect import collect, pendulum
+if __name__ == "__main__":
+    collect(replace(pendulum(), episodes=500, chunks=10, frame_size=(16, 16)), Path({str(tmp_path / "d")!r}))
+"""
+    (tmp_path / "script.py").write_text(script)
+    root = str(Path(__file__).parents[2])
+    env = os.environ | {"PYTHONPATH": root}
+    child = subprocess.Popen([sys.executable, tmp_path / "script.py"], env=env, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not episode_path(tmp_path / "d", 1).exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(timeout=20) != 0
+    found = contents(tmp_path / "d")
+    assert 1 < len(found) < 500
+    assert not list((tmp_path / "d").rglob("*.tmp"))
+    assert json.loads((tmp_path / "d" / "dataset.json").read_text())["complete"] is False
+
+
+def pendulum_env() -> gymnasium.Env[Any, Any]:
+    return gymnasium.make("Pendulum-v1", render_mode="rgb_array", max_episode_steps=1000)
+
+
+def test_the_shipped_recipe_shows_no_torque_and_covers_fast_and_upright() -> None:
+    env, config = pendulum_env(), replace(pendulum(), chunks=4)
+    episodes = [collect_episode(config, env, i) for i in range(12)]
+    for episode in episodes:
+        assert episode.frames.shape == (17, 64, 64, 3) and episode.actions.dtype == np.float32
+        assert episode.truncated.tolist() == [False, False, False, True]
+        assert np.allclose(episode.actions[:, 0], np.clip(episode.actions[:, 0], -2, 2))
+    shown = replace(config, hide=())
+    assert not np.array_equal(collect_episode(shown, env, 0).frames, episodes[0].frames)
+    assert np.array_equal(collect_episode(shown, env, 0).observations, episodes[0].observations)
+    assert np.abs([e.observations[0, 2] for e in episodes]).max() > 4
+    assert {e.meta["policy"] for e in episodes} == {"random_held", "pendulum_swing"}
+
+
+def test_the_swing_policy_gets_upright() -> None:
+    env = gymnasium.make("Pendulum-v1").unwrapped
+    upright = []
+    for seed in range(8):
+        env.reset(seed=seed)
+        act = make_policy("pendulum_swing", env.action_space, np.random.default_rng(seed))
+        for _ in range(50):
+            action = act(env)
+            for _ in range(4):
+                observation, *_ = env.step(action)
+        upright.append(observation[0])
+    assert np.median(upright) > 0.8
+
+
+class Words(gymnasium.Env[np.ndarray, dict[str, Any]]):
+    """Dict and Text actions, a picture as observation."""
+
+    observation_space = spaces.Box(0, 255, (40, 40, 3), np.uint8)
+    action_space = spaces.Dict({"move": spaces.Discrete(3), "say": spaces.Text(5)})
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        return self.render(), {}
+
+    def step(self, action: dict[str, Any]) -> Any:
+        return self.render(), 1.0, False, False, {}
+
+    def render(self) -> np.ndarray:
+        return np.full((40, 40, 3), 7, dtype=np.uint8)
+
+
+def test_any_environment_with_the_general_policies() -> None:
+    for name in ("random", "random_held"):
+        config = CollectConfig("Words-v0", chunks=5, policies=(PolicyShare(name),), frame_size=(8, 8))
+        first, second = (collect_episode(config, Words(), 3) for _ in range(2))
+        assert first.actions["move"].shape == (5,) and first.actions["say"].dtype.kind == "U"
+        assert all(np.array_equal(first.actions[k], second.actions[k]) for k in first.actions)
+        assert first.observations.shape == (21, 0) and (first.rewards == 4).all()
+
+
+def test_wrong_settings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no policy 'swim'; choose from random"):
+        replace(CARTPOLE, policies=(PolicyShare("swim"),))
+    with pytest.raises(ConfigError, match="no wide start for CartPole-v1"):
+        replace(CARTPOLE, wide_starts=0.5)
+    with pytest.raises(ConfigError, match="at least 1"):
+        replace(CARTPOLE, episodes=0)
+    with pytest.raises(ConfigError, match="cannot make NoSuch-v0"):
+        collect(replace(CARTPOLE, env="NoSuch-v0"), tmp_path)
+    with pytest.raises(ConfigError, match="cannot hide last_u"):
+        collect(replace(CARTPOLE, hide=("last_u",)), tmp_path)
+    assert set(POLICIES) >= {"random", "random_held"}
