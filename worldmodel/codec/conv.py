@@ -100,7 +100,7 @@ def decoder(config: ConvCodecConfig) -> nn.Sequential:
         last = nn.Conv2d(config.widths[level], channels * size**2, kernel, padding=kernel // 2)
         layers += [*([] if level else [nn.SiLU()]), last, nn.PixelShuffle(size)]
     nn.init.normal_(last.weight, std=1e-3)
-    nn.init.zeros_(last.bias)
+    nn.init.zeros_(last.get_parameter("bias"))
     return nn.Sequential(*layers)
 
 

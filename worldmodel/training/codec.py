@@ -52,7 +52,7 @@ class CodecTraining:
     """
 
     model: ConvCodecConfig = ConvCodecConfig()
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=8_000, lr=2e-3, warmup=100))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=3_000, lr=2e-3, warmup=100))
     batch: int = 64
     noise: float = 0.12
     smoothness: float = 1.0
@@ -68,7 +68,7 @@ class CodecTraining:
 
 def pendulum_codec(minutes: float | None = None) -> CodecTraining:
     """The recipe of the shipped world's codec; ``minutes`` ends it by the clock."""
-    return CodecTraining(loop=LoopConfig(steps=8_000, minutes=minutes, lr=2e-3, warmup=100))
+    return CodecTraining(loop=LoopConfig(steps=3_000, minutes=minutes, lr=2e-3, warmup=100))
 
 
 class CodecStage:
