@@ -1,83 +1,40 @@
-"""The verbs of a world: exact likelihoods, exact state, and inputs that are checked before anything moves."""
+"""The verbs of a world: exact likelihoods, an exact inverse, scores and starts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from einops import rearrange
 from gymnasium import spaces
 from torch import Tensor
 
+from tests.sessions import (
+    actions,
+    contents,
+    features,
+    pictures,
+    policy,
+    same_chunk,
+    small_world,
+    unchanged,
+    walk,
+)
 from tests.toy import BOX, toy_world
-from worldmodel.codec.conv import PIXEL_SCALE, ConvCodec
-from worldmodel.errors import InputError, WorldModelError
+from worldmodel.errors import InputError
 from worldmodel.flow.affine import standard_normal_log_prob
 from worldmodel.noise import OBSERVE, SCORE, normal
 from worldmodel.sampling import Sampling
-from worldmodel.state import WorldState
-from worldmodel.world import Chunk, WorldModel
-
-POLICIES = {
-    "reencode": Sampling(tolerance=1e-8, context="reencode"),
-    "rolling": Sampling(tolerance=1e-8, context="rolling"),
-}
-policy = pytest.mark.parametrize("sampling", POLICIES.values(), ids=POLICIES)
+from worldmodel.world import WorldModel
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> WorldModel:
+def world() -> WorldModel:
     """Windows of 6 chunks, re-encoded to 3; 4 tokens of 3 dimensions a chunk."""
-    return toy_world(tmp_path_factory.mktemp("world") / "toy")
-
-
-def actions(rows: int, horizon: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).uniform(-2, 2, (rows, horizon, 1)).astype(np.float32)
-
-
-def pictures(world: WorldModel, rows: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (rows, *world.frames_shape), dtype=np.uint8)
-
-
-def features(world: WorldModel, a: np.ndarray) -> Tensor:
-    """Actions (B, T, 1) to features (B, T, E), written out: bounds of +-2 to +-1."""
-    assert world.actions is not None
-    packed = torch.from_numpy(a / 2.0).float()
-    return world.actions(packed, torch.ones(packed.shape[:2], dtype=torch.bool))
-
-
-def walk(
-    world: WorldModel, state: WorldState, a: np.ndarray, sampling: Sampling | None = None
-) -> tuple[WorldState, list[Chunk], Tensor]:
-    """Step through actions (B, T, 1): the state, the chunks, and the noisy tokens (B, T, N, D)."""
-    chunks, noisy = [], []
-    for t in range(a.shape[1]):
-        state, chunk = world.step(state, a[:, t], sampling)
-        chunks.append(chunk)
-        noisy.append(state.noisy[:, -1])
-    return state, chunks, torch.stack(noisy, dim=1) if noisy else torch.empty(0)
-
-
-def same_chunk(a: Chunk, b: Chunk) -> bool:
-    """Bit for bit, every field."""
-    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(Chunk)]
-    return all((x is None and y is None) or torch.equal(x, y) for x, y in pairs)
-
-
-def contents(state: WorldState) -> list[Tensor]:
-    """Every tensor of a state, with the keys and values in view, copied."""
-    kept = [t.clone() for t in state._tensors().values()]
-    return kept + [s.kv.clone() for c in state.context.cache.cohorts for s in c.segments]
-
-
-def unchanged(before: list[Tensor], state: WorldState) -> bool:
-    after = contents(state)
-    return len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return small_world()
 
 
 # ---- likelihood --------------------------------------------------------------------------------------------
@@ -271,146 +228,6 @@ def test_inferred_noise_reproduces_the_chunk(world: WorldModel) -> None:
     assert (other.latent - imagined.latent).abs().max() > 1e-3
 
 
-# ---- the state is all there is -----------------------------------------------------------------------------
-@policy
-def test_going_back_and_forth_is_bit_exact(world: WorldModel, sampling: Sampling) -> None:
-    """Continue from an old state after newer ones were written: the same frames and likelihoods, bit for
-    bit.
-    """
-    a = actions(2, 12)
-    states, chunks = [world.initial_state([1, 2])], []
-    for t in range(12):
-        state, chunk = world.step(states[-1], a[:, t], sampling)
-        states.append(state)
-        chunks.append(chunk)
-    for t in (0, 3, 5, 6, 7, 11):
-        branch, _ = world.step(states[t], -a[:, t], sampling)  # a branch that writes to the same pages
-        world.step(branch, a[:, t], sampling)
-        state = states[t]
-        for later in range(t, 12):
-            state, chunk = world.step(state, a[:, later], sampling)
-            assert same_chunk(chunk, chunks[later])
-        assert torch.equal(state.log_prob, states[-1].log_prob)
-
-
-@policy
-def test_fork_equals_replay_bit_for_bit(world: WorldModel, sampling: Sampling) -> None:
-    a, after = actions(1, 4), actions(3, 5, seed=9)
-
-    def play(disturb: bool) -> list[Chunk]:
-        state, _, _ = walk(world, world.initial_state([7]), a, sampling)
-        if disturb:  # others are forked and stepped first: no influence
-            walk(world, state.fork(2), after[:2], sampling)
-            world.score(state, pictures(world, 1), a[:, 0])
-        forked = state.fork(3)
-        assert forked.nbytes < 1.5 * state.nbytes + 1000
-        _, chunks, _ = walk(world, forked, after, sampling)
-        walk(world, state, a, sampling)
-        return chunks
-
-    assert all(same_chunk(x, y) for x, y in zip(play(False), play(True), strict=True))
-
-
-def test_fork_of_one_continues_the_session(world: WorldModel) -> None:
-    a = actions(2, 8)
-    state, _, _ = walk(world, world.initial_state([7, 8]), a[:, :4])
-    _, plain, _ = walk(world, state, a[:, 4:])
-    _, forked, _ = walk(world, state.fork(1), a[:, 4:])
-    assert all(same_chunk(x, y) for x, y in zip(plain, forked, strict=True))
-
-
-def near_tie(world: WorldModel, latent: Tensor) -> Tensor:
-    """(B, F, height, width, 3) bool: before rounding, the pixel is within 1e-3 of half a level."""
-    assert isinstance(world.codec, ConvCodec)
-    output = rearrange(world.codec.decoder(latent), "b (f c) height width -> b f c height width", c=3)
-    pixels = output * PIXEL_SCALE + world.codec.background
-    return rearrange((pixels.frac().abs() - 0.5).abs() < 1e-3, "b f c height width -> b f height width c")
-
-
-def close(world: WorldModel, a: Chunk, b: Chunk) -> None:
-    """Across batch shapes: uint8 frames equal (but for ties of rounding), everything else to 1e-4."""
-    differs = a.frames != b.frames
-    assert not (differs & ~near_tie(world, a.latent)).any()
-    assert differs.sum() <= 2 and ((a.frames.int() - b.frames.int()).abs() <= 1).all()
-    for name in ("log_prob", "action_gain", "reward", "termination", "latent", "noise", "log_prob_map"):
-        assert torch.allclose(getattr(a, name), getattr(b, name), rtol=1e-4, atol=1e-4), name
-    assert torch.equal(a.sweeps, b.sweeps) and torch.equal(a.context_frames, b.context_frames)
-
-
-def row(chunk: Chunk, i: int) -> Chunk:
-    values = {f.name: getattr(chunk, f.name) for f in fields(Chunk)}
-    return Chunk(**{k: None if v is None else v[i : i + 1] for k, v in values.items()})
-
-
-@policy
-def test_children_of_a_fork_are_sessions_of_their_own(world: WorldModel, sampling: Sampling) -> None:
-    """Child i of n is child i of any n; child 0 is the parent; no two children share noise."""
-    a = actions(1, 9)
-    state, _, _ = walk(world, world.initial_state([7]), a[:, :3], sampling)
-    five, two, parent = state.fork(5), state.fork(2), state
-    for t in range(3, 9):
-        action = a[:, t]
-        five, many = world.step(five, np.repeat(action, 5, 0), sampling)
-        two, few = world.step(two, np.repeat(action, 2, 0), sampling)
-        parent, alone = world.step(parent, action, sampling)
-        close(world, row(many, 0), alone)
-        close(world, row(many, 0), row(few, 0))
-        close(world, row(many, 1), row(few, 1))
-        distance = torch.cdist(many.noise.flatten(1), many.noise.flatten(1)) + 10 * torch.eye(5)
-        assert distance.min() > 0.1
-
-
-def test_forks_of_forks_are_all_different(world: WorldModel) -> None:
-    state, _, _ = walk(world, world.initial_state([7]), actions(1, 1))
-    tree = state.fork(2).fork(2)
-    later, _ = world.step(tree.select([0]), actions(1, 1)[:, 0])
-    tree, chunk = world.step(tree, np.zeros((4, 1), np.float32))
-    distance = torch.cdist(chunk.noise.flatten(1), chunk.noise.flatten(1)) + 10 * torch.eye(4)
-    assert distance.min() > 0.1
-    # a child forked off later does not repeat the noise of one forked off earlier
-    _, one = world.step(later.fork(2).select([1]), np.zeros((1, 1), np.float32))
-    _, again = world.step(tree, np.zeros((4, 1), np.float32))
-    assert (again.noise - one.noise).flatten(1).norm(dim=1).min() > 0.1
-
-
-@policy
-def test_each_slot_of_a_batch_equals_its_solo_run(world: WorldModel, sampling: Sampling) -> None:
-    """Also where contexts are of unequal length, past the window, after forks and real chunks."""
-    a = actions(5, 12)
-    lengths = [0, 1, 4, 6, 9]
-    solo = []
-    for i, length in enumerate(lengths):
-        state = world.initial_state([100 + i])
-        if length:
-            state, _ = world.observe(state, pictures(world, 1, i), a[i : i + 1, 0])
-            state, _, _ = walk(world, state, a[i : i + 1, 1:length], sampling)
-        solo.append(state)
-    batch = WorldState.concat(solo)
-    assert batch.context_frames.tolist() == [s.context_frames.item() for s in solo]
-    for t in range(9):
-        batch, together = world.step(batch, a[:, t], sampling)
-        for i in range(5):
-            solo[i], alone = world.step(solo[i], a[i : i + 1, t], sampling)
-            close(world, row(together, i), alone)
-    scored = world.score(batch, pictures(world, 5), a[:, 9], draws=2)
-    for i in range(5):
-        alone_score = world.score(solo[i], pictures(world, 5)[i : i + 1], a[i : i + 1, 9], draws=2)
-        assert torch.allclose(scored.log_prob[i : i + 1], alone_score.log_prob, rtol=1e-4, atol=1e-4)
-    some, mixed = world.step(batch.select([3, 0, 3]), a[[3, 0, 3], 10], sampling)
-    for slot, i in enumerate((3, 0, 3)):
-        close(world, row(mixed, slot), world.step(solo[i], a[i : i + 1, 10], sampling)[1])
-    assert some.rows == 3
-
-
-def test_a_session_of_a_started_batch_equals_its_solo_run(world: WorldModel) -> None:
-    a = actions(4, 8)
-    _, together, _ = walk(world, world.initial_state([1, 2, 3, 4]), a)
-    for i in range(4):
-        _, alone, _ = walk(world, world.initial_state([1 + i]), a[i : i + 1])
-        for x, y in zip(together, alone, strict=True):
-            close(world, row(x, i), y)
-
-
 # ---- score -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("length", [0, 2, 6, 8])
 def test_score_is_observe_without_the_consequences(world: WorldModel, length: int) -> None:
@@ -454,51 +271,6 @@ def test_score_averages_over_its_draws(world: WorldModel) -> None:
     assert torch.allclose(score.rate, -stacked.mean(0), rtol=1e-4)
     with pytest.raises(InputError, match="draws is 0"):
         world.score(state, frames, a[:, 2], draws=0)
-
-
-# ---- randomness --------------------------------------------------------------------------------------------
-def test_global_generators_are_not_used(world: WorldModel) -> None:
-    def session() -> tuple[WorldState, Chunk]:
-        state, _ = world.reset([3, 4])
-        world.score(state, pictures(world, 2), actions(2, 1)[:, 0], draws=3)
-        state, _ = world.step(state.fork(2), actions(4, 1)[:, 0], Sampling(guidance=1.0))
-        return world.step(state.select([0, 3]).reseed([1, 2]), actions(2, 1)[:, 0])
-
-    torch_state, numpy_state = torch.random.get_rng_state(), np.random.get_state()
-    _, first = session()
-    assert torch.equal(torch.random.get_rng_state(), torch_state)
-    assert np.array_equal(np.random.get_state()[1], numpy_state[1])
-    torch.manual_seed(123)
-    np.random.seed(123)
-    _, second = session()
-    torch.random.set_rng_state(torch_state)
-    np.random.set_state(numpy_state)
-    assert same_chunk(first, second)
-
-
-def test_seeds_matter_and_temperature_zero_ignores_them(world: WorldModel) -> None:
-    a = actions(2, 3)
-    a[1] = a[0]
-    _, warm, _ = walk(world, world.initial_state([1, 2]), a)
-    assert (warm[0].latent[0] - warm[0].latent[1]).abs().max() > 0.1
-    cold = Sampling(temperature=0.0, tolerance=0.0)
-    _, chunks, _ = walk(world, world.initial_state([1, 2]), a, cold)
-    for chunk in chunks:
-        assert torch.equal(chunk.frames[0], chunk.frames[1])
-        assert torch.allclose(chunk.latent[0], chunk.latent[1], atol=1e-5)
-        assert chunk.noise.abs().max() < 1e-4
-    _, again, _ = walk(world, world.initial_state([1, 2]), a, cold)
-    assert all(same_chunk(x, y) for x, y in zip(chunks, again, strict=True))
-
-
-def test_reseeding_changes_the_future_and_not_the_past(world: WorldModel) -> None:
-    a = actions(1, 4)
-    state, _, _ = walk(world, world.initial_state([1]), a[:, :3])
-    other = state.reseed([99])
-    assert torch.equal(other.log_prob, state.log_prob)
-    _, x = world.step(state, a[:, 3])
-    _, y = world.step(other, a[:, 3])
-    assert (x.noise - y.noise).abs().max() > 0.1
 
 
 # ---- starts and rollouts -----------------------------------------------------------------------------------
@@ -549,104 +321,3 @@ def test_worlds_of_every_action_space(space: spaces.Space[Any], tmp_path: Path) 
     with pytest.raises(InputError):
         made.step(state, np.zeros((2, 7)))
     assert unchanged(before, state)
-
-
-# ---- bad input ---------------------------------------------------------------------------------------------
-BAD_ACTIONS: dict[str, Any] = {
-    "not batched": np.zeros(1, np.float32),
-    "one row too few": np.zeros((1, 1), np.float32),
-    "too wide": np.zeros((2, 2), np.float32),
-    "NaN": np.array([[0.0], [np.nan]], np.float32),
-    "out of range": np.array([[0.0], [2.5]], np.float32),
-    "text": "left",
-    "a dict": {"torque": 0.0},
-}
-BAD_FRAMES: dict[str, Callable[[np.ndarray], Any]] = {
-    "one row too few": lambda f: f[:1],
-    "one frame too few": lambda f: f[:, :3],
-    "another size": lambda f: f[:, :, :16],
-    "channels first": lambda f: np.moveaxis(f, -1, 2),
-    "float32": lambda f: f.astype(np.float32) / 255,
-    "int64": lambda f: f.astype(np.int64),
-    "one clip": lambda f: f[0],
-    "grey": lambda f: f[..., :1],
-    "text": lambda f: "frames",
-    "None": lambda f: None,
-    "ragged": lambda f: [[1], [1, 2]],
-}
-
-
-@pytest.fixture
-def session(world: WorldModel) -> WorldState:
-    return walk(world, world.initial_state([1, 2]), actions(2, 4))[0]
-
-
-def refused(world: WorldModel, state: WorldState, call: Callable[[], Any], kind: type = InputError) -> None:
-    """One line of the package's own class; the state is what it was, and goes on bit for bit."""
-    before = contents(state)
-    with pytest.raises(kind) as error:
-        call()
-    assert isinstance(error.value, WorldModelError)
-    assert str(error.value) and "\n" not in str(error.value)
-    assert unchanged(before, state)
-    fresh, _, _ = walk(world, world.initial_state([1, 2]), actions(2, 4))
-    a = actions(2, 3, seed=5)
-    _, mine, _ = walk(world, state, a)
-    _, theirs, _ = walk(world, fresh, a)
-    assert all(same_chunk(x, y) for x, y in zip(mine, theirs, strict=True))
-
-
-@pytest.mark.parametrize("action", BAD_ACTIONS.values(), ids=BAD_ACTIONS)
-def test_bad_actions(world: WorldModel, session: WorldState, action: Any) -> None:
-    refused(world, session, lambda: world.step(session, action))
-    with pytest.raises(InputError):
-        world.observe(session, pictures(world, 2), action)
-    with pytest.raises(InputError):
-        world.score(session, pictures(world, 2), action)
-
-
-@pytest.mark.parametrize("spoil", BAD_FRAMES.values(), ids=BAD_FRAMES)
-def test_bad_frames(world: WorldModel, session: WorldState, spoil: Callable[[np.ndarray], Any]) -> None:
-    frames, a = spoil(pictures(world, 2)), actions(2, 1)[:, 0]
-    refused(world, session, lambda: world.observe(session, frames, a))
-    with pytest.raises(InputError):
-        world.score(session, frames, a)
-    with pytest.raises(InputError):
-        world.infer_noise(session, frames, a)
-
-
-def test_bad_noise(world: WorldModel, session: WorldState) -> None:
-    good, a = torch.zeros(2, *world.latent_shape), actions(2, 1)[:, 0]
-    bad = good.clone()
-    bad[1, 0, 0, 0] = float("nan")
-    for noise in (good[:1], good[:, :1], bad):
-        refused(world, session, lambda noise=noise: world.step(session, a, noise=noise))
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("guidance", -1.0),
-        ("guidance", float("nan")),
-        ("temperature", -0.1),
-        ("temperature", float("inf")),
-        ("tolerance", -1e-9),
-        ("context", "forget"),
-    ],
-)
-def test_bad_sampling(field: str, value: Any) -> None:
-    with pytest.raises(InputError, match=field):
-        Sampling(**{field: value})
-
-
-def test_a_likelihood_that_is_not_finite_is_an_error(world: WorldModel, session: WorldState) -> None:
-    """Noise that is finite but absurd overflows: nothing is committed."""
-    noise = torch.full((2, *world.latent_shape), 1e30)
-    a = actions(2, 1)[:, 0]
-    refused(world, session, lambda: world.step(session, a, noise=noise), WorldModelError)
-
-
-def test_a_world_without_actions_takes_none(world: WorldModel) -> None:
-    silent = WorldModel(world.spec, world.flow, world.codec, None, world.heads, world.starts)
-    with pytest.raises(InputError, match="takes no actions"):
-        silent.step(silent.initial_state([1]), np.zeros((1, 1)))
