@@ -153,6 +153,25 @@ class WorldState:
         }
         return {k: v for k, v in named.items() if v is not None}
 
+    def _check(self) -> None:
+        """Raises ValueError where parts do not fit each other, as in a file that was tampered with."""
+        c = self.context
+        for name, tensor in self._tensors().items():
+            if len(tensor) != self.rows or 0 in tensor.shape[1:]:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
+        if c.u.shape[2:] != self.noisy.shape[2:]:
+            raise ValueError("u and noisy differ in shape")
+        for cache in (c.cache, c.uncond):
+            if cache is not None and cache.rows != self.rows:
+                raise ValueError(f"K/V of {cache.rows} rows for {self.rows} sessions")
+            for cohort in cache.cohorts if cache is not None else ():
+                tokens = sum(s.tokens for s in cohort.segments)
+                fits = tokens == cohort.prefix + cohort.frames * c.u.shape[2] and cohort.frames <= c.window
+                if not fits or any(
+                    s.kv.shape[2] * s.fold != cohort.rows or not s.kv.shape[-1] for s in cohort.segments
+                ):
+                    raise ValueError("K/V do not fit their layout")
+
     def save(self, path: str | Path, world: str) -> None:
         """Write the state to one safetensors file, atomically; ``world`` is the fingerprint of its world."""
         tensors = {k: v.detach().cpu().contiguous() for k, v in self._tensors().items()}
@@ -221,6 +240,8 @@ class WorldState:
             )
             codec = {k.removeprefix("codec."): v for k, v in tensors.items() if k.startswith("codec.")}
             counters = [tensors[k].cpu() for k in ("seeds", "branches", "forks", "steps", "log_prob")]
-            return cls(context, tensors["noisy"], tensors["latent"], codec, *counters)
-        except (KeyError, TypeError, ValueError, AssertionError) as error:
+            state = cls(context, tensors["noisy"], tensors["latent"], codec, *counters)
+            state._check()
+            return state
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, AssertionError) as error:
             raise CheckpointError(f"{path}: not a saved world state ({error!r:.80})") from error

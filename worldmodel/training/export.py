@@ -40,7 +40,7 @@ def train_world(recipe: Recipe, data: Path, run: Path, out: Path, until: str = "
         train_codec(recipe.codec, data, run / "codec")
     if until == "codec":
         return None
-    cache = run / "latents.safetensors"
+    cache = run / "codec" / "latents.safetensors"
     if not cache.is_file():
         encode_dataset(load_trained_codec(run / "codec"), dataset, cache)
     episodes = load_latents(cache)

@@ -57,7 +57,11 @@ def pendulum() -> Recipe:
         name="pendulum",
         collect=pendulum_collection(),
         codec=codec,
-        flow=FlowTraining(small_flow(codec.model.latent_channels), LoopConfig(steps=30_000, minutes=60.0, lr=1.5e-3, warmup=300)),
+        flow=FlowTraining(
+            small_flow(codec.model.latent_channels),
+            LoopConfig(steps=30_000, minutes=56.0, lr=1.5e-3, warmup=300),
+            batch=32,
+        ),
     )
 
 
