@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from worldmodel.codec.base import CodecState
 from worldmodel.errors import CheckpointError
 from worldmodel.files import load_metadata, load_tensors, save_tensors
 from worldmodel.flow.cache import Cohort, KVCache, Page, Segment
@@ -26,13 +27,14 @@ class WorldState:
     context: the deep block's past (K/V pages, last inputs, action features, prompts).
     noisy: (B, R, N, D) the last noisy tokens, right-aligned, for the denoiser. latent: (B, C, h, w) the last clean
     latent. codec: the codec's streaming state, rows on axis 0. seeds, branches, steps: (B,) int64, what the noise is a
-    function of; ``steps`` counts the chunks of a session. forks: (B,) int64, how often a branch was forked. log_prob: (B,) float64, nats of all chunks since the start.
+    function of; ``steps`` counts the chunks of a session. forks: (B,) int64, how often a branch was forked.
+    log_prob: (B,) float64, nats of all chunks since the start.
     """
 
     context: Context
     noisy: Tensor
     latent: Tensor
-    codec: Mapping[str, Tensor]
+    codec: CodecState
     seeds: Tensor
     branches: Tensor
     forks: Tensor
