@@ -83,7 +83,9 @@ def main() -> None:
         print(json.dumps(result, indent=2))
         return
     print(f"{world.spec.name}, {result['threads']} threads, torch {result['torch']}")
-    print(f"{'batch':>6} {'p50 ms':>9} {'p99 ms':>9} {'chunks/s':>10} {'frames/s':>10} {'x batch 1':>10} {'sweeps':>7}")
+    print(
+        f"{'batch':>6} {'p50 ms':>9} {'p99 ms':>9} {'chunks/s':>10} {'frames/s':>10} {'x batch 1':>10} {'sweeps':>7}"
+    )
     for row in rows:
         gain = row["chunks_per_second"] / rows[0]["chunks_per_second"]
         print(

@@ -32,7 +32,9 @@ RED, BLUE = (214, 39, 40), (31, 119, 180)
 def real_clip(world: WorldModel, chunks: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Frames (T, F, height, width, 3), actions (T, ...) and true angles (T,) of a real episode of random held actions."""
     made = world.spec.environment
-    env = ChunkedEnv(made["env"], world.chunk_frames, world.spec.frame_size, tuple(made["hide"]), **made["env_kwargs"])
+    env = ChunkedEnv(
+        made["env"], world.chunk_frames, world.spec.frame_size, tuple(made["hide"]), **made["env_kwargs"]
+    )
     env.reset(seed=seed)
     env.action_space.seed(seed)
     frames, actions, observations = [], [], []
@@ -113,8 +115,10 @@ def main() -> None:
     frames, actions, angles = real_clip(world, options.chunks, options.seed)
     imagined, nats_real, nats_imagined, seconds = imagine(world, frames, actions, options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
-    write_video(options.out / "demo.webm", compose(frames, imagined, (nats_real, nats_imagined)), world.spec.fps / 2)
-    rows = [np.concatenate(list(clip[: 16, -1]), axis=1) for clip in (frames, imagined)]
+    write_video(
+        options.out / "demo.webm", compose(frames, imagined, (nats_real, nats_imagined)), world.spec.fps / 2
+    )
+    rows = [np.concatenate(list(clip[:16, -1]), axis=1) for clip in (frames, imagined)]
     write_sheet(options.out / "demo.png", np.repeat(np.repeat(np.concatenate(rows), 2, axis=0), 2, axis=1))
 
     horizons = [h for h in (1, 2, 5, 8, 12, 20, 30) if CONTEXT + h <= options.chunks]
@@ -137,7 +141,9 @@ def main() -> None:
         "mean_nats_imagined": round(float(nats_imagined[CONTEXT:].mean()), 2),
         "by_horizon": table,
     }
-    write_atomic(options.out / "report.json", lambda f: f.write_text(json.dumps(report, indent=2) + "\n") and None)
+    write_atomic(
+        options.out / "report.json", lambda f: f.write_text(json.dumps(report, indent=2) + "\n") and None
+    )
     write_atomic(options.out / "report.md", lambda f: f.write_text(report_text(report)) and None)
     print(report_text(report))
     print(f"written: {options.out}/demo.webm, demo.png, report.md, report.json")

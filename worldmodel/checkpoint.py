@@ -23,7 +23,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from worldmodel.codec.conv import ConvCodec, ConvCodecConfig
+from worldmodel.codec.conv import ConvCodec, ConvCodecConfig, channels_last
 from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
 from worldmodel.condition.spaces import packed_size, space_from_json
 from worldmodel.errors import CheckpointError, ConfigError
@@ -99,7 +99,7 @@ class WorldFiles:
         for module in (flow, codec, heads, actions):
             if module is not None:
                 module.to(device).eval().requires_grad_(False)
-        codec.to(memory_format=torch.channels_last)
+        channels_last(codec)
         return flow, codec, actions, heads
 
 
@@ -198,7 +198,8 @@ def _read_starts(file: Path, spec: WorldSpec) -> Mapping[str, np.ndarray]:
         or not len(frames)
     ):
         raise CheckpointError(
-            f"{file}: frames are {frames.dtype} {frames.shape}, expected uint8 (S, T, F, {spec.frame_size[0]}, {spec.frame_size[1]}, 3)"
+            f"{file}: frames are {frames.dtype} {frames.shape}, expected uint8 "
+            f"(S, T, F, {spec.frame_size[0]}, {spec.frame_size[1]}, 3)"
         )
     return starts
 
@@ -222,7 +223,7 @@ def write_world(
 
 def _write_starts(file: Path, starts: Mapping[str, np.ndarray]) -> None:
     with file.open("wb") as stream:
-        np.savez_compressed(stream, **starts)
+        np.savez_compressed(stream, allow_pickle=False, **starts)
 
 
 def half_precision(module: nn.Module) -> dict[str, Tensor]:

@@ -21,7 +21,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-World = Annotated[str, typer.Argument(help="A world that ships with the package (pendulum), or a world directory.")]
+World = Annotated[
+    str, typer.Argument(help="A world that ships with the package (pendulum), or a world directory.")
+]
 
 
 @app.command()
@@ -43,29 +45,42 @@ def info(
     rows = [
         ("world", f"{spec.name}   ({files.path})"),
         ("environment", spec.environment.get("env", "unknown")),
-        ("frames", f"{spec.frame_size[0]} x {spec.frame_size[1]} uint8 RGB at {spec.fps:g} a second, {frames} a chunk"),
+        (
+            "frames",
+            f"{spec.frame_size[0]} x {spec.frame_size[1]} uint8 RGB at {spec.fps:g} a second, {frames} a chunk",
+        ),
         ("actions", str(spec.action_space)),
         ("window", f"{spec.flow.window} latent frames, {spec.flow.context} kept when re-encoded"),
-        ("noise", f"{spec.flow.noise_std} on the latent: log_prob is the density of the noised latent, in nats"),
+        (
+            "noise",
+            f"{spec.flow.noise_std} on the latent: log_prob is the density of the noised latent, in nats",
+        ),
         ("parameters", ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in count.items())),
         ("size", f"{size / 1e6:.1f} MB on disk, fingerprint {files.fingerprint[:12]}"),
         ("starts", f"{len(files.starts['frames'])} real clips"),
     ]
-    rows += [(f"quality: {k}", ", ".join(f"{n} {x:.4g}" for n, x in v.items())) for k, v in spec.quality.items()]
+    rows += [
+        (f"quality: {k}", ", ".join(f"{n} {x:.4g}" for n, x in v.items())) for k, v in spec.quality.items()
+    ]
     for name, value in rows:
         print(f"{name:16s} {value}")
 
 
 @app.command()
 def collect(
-    recipe: Annotated[str, typer.Argument(help="A recipe (pendulum), a recipe file, or the id of a Gymnasium environment.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe (pendulum), a recipe file, or the id of a Gymnasium environment.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Where to; default data/NAME.")] = None,
     episodes: Annotated[int | None, typer.Option(help="How many episodes.")] = None,
     chunks: Annotated[int | None, typer.Option(help="Length of an episode in chunks.")] = None,
     policy: Annotated[
-        list[str] | None, typer.Option(help="Behaviour policy NAME or NAME=SHARE; may be given several times.")
+        list[str] | None,
+        typer.Option(help="Behaviour policy NAME or NAME=SHARE; may be given several times."),
     ] = None,
-    hide: Annotated[list[str] | None, typer.Option(help="Attribute of the simulator to set to None while filming.")] = None,
+    hide: Annotated[
+        list[str] | None, typer.Option(help="Attribute of the simulator to set to None while filming.")
+    ] = None,
     frame_size: Annotated[int | None, typer.Option(help="Height and width of the frames in pixels.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the whole collection.")] = None,
     workers: Annotated[int, typer.Option(help="Processes.")] = 2,
@@ -103,7 +118,9 @@ def train(
     run: Annotated[Path | None, typer.Option(help="Checkpoints and logs; default runs/NAME.")] = None,
     out: Annotated[Path | None, typer.Option(help="The world directory; default RUN/world.")] = None,
     until: Annotated[str, typer.Option(help="Stop after this stage: codec, flow or heads.")] = "heads",
-    print_recipe: Annotated[bool, typer.Option(help="Print the recipe as JSON and stop: a start for your own.")] = False,
+    print_recipe: Annotated[
+        bool, typer.Option(help="Print the recipe as JSON and stop: a start for your own.")
+    ] = False,
 ) -> None:
     """Train codec, flow, denoiser and heads on collected episodes and write a world.
 
@@ -121,16 +138,23 @@ def train(
     run = run or Path("runs") / chosen.name
     out = out or run / "world"
     world = train_world(chosen, data or Path("data") / chosen.name, run, out, until)
-    print(f"world written to {out}; look at it with: worldmodel info {out}" if world else f"{until} done, in {run}")
+    print(
+        f"world written to {out}; look at it with: worldmodel info {out}"
+        if world
+        else f"{until} done, in {run}"
+    )
 
 
 @app.command()
 def evaluate(
     world: World = "pendulum",
     data: Annotated[
-        Path | None, typer.Option(help="Real episodes; default: fresh ones are collected, with a seed of their own.")
+        Path | None,
+        typer.Option(help="Real episodes; default: fresh ones are collected, with a seed of their own."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where JSON and plots go; default evaluation/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where JSON and plots go; default evaluation/NAME.")
+    ] = None,
     clips: Annotated[int, typer.Option(help="Held-out clips, one an episode.")] = 90,
     horizon: Annotated[int, typer.Option(help="Chunks imagined and judged.")] = 16,
     long_horizon: Annotated[int, typer.Option(help="Chunks of the endurance test, 0 for none.")] = 100,
@@ -145,7 +169,9 @@ def evaluate(
     model = WorldModel.load(world)
     dataset = EpisodeDataset.open(data) if data else held_out_dataset(model, clips)
     folder = out or Path("evaluation") / model.spec.name
-    numbers = run(model, dataset, folder, EvaluateConfig(horizon=horizon, clips=clips, long_horizon=long_horizon))
+    numbers = run(
+        model, dataset, folder, EvaluateConfig(horizon=horizon, clips=clips, long_horizon=long_horizon)
+    )
     print(json.dumps(numbers, indent=2) if as_json else summary(numbers))
     print(f"written to {folder}", file=sys.stderr)
 
@@ -159,7 +185,9 @@ def rollout(
     hold: Annotated[int, typer.Option(help="Chunks that each random action is held for.")] = 4,
     guidance: Annotated[float, typer.Option(help="Guidance weight of the action.")] = 0.0,
     temperature: Annotated[float, typer.Option(help="Standard deviation of the noise.")] = 1.0,
-    context: Annotated[str, typer.Option(help='When the window is full: "reencode" or "rolling".')] = "reencode",
+    context: Annotated[
+        str, typer.Option(help='When the window is full: "reencode" or "rolling".')
+    ] = "reencode",
     scale: Annotated[int, typer.Option(help="Enlarge the picture so many times.")] = 4,
 ) -> None:
     """Imagine a future under random actions, write it as a video, and print its likelihood."""

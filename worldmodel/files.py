@@ -96,7 +96,7 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     raise failures[0]
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` on a temporary file in the same folder, flush it to disk, then rename it to ``path``.
 
     Raises:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from worldmodel.checkpoint import WorldFiles, WorldSpec, read_world
-from worldmodel.codec.base import Codec
+from worldmodel.codec.base import Codec, CodecState
 from worldmodel.condition.actions import ActionEncoder
 from worldmodel.condition.spaces import pack_actions
 from worldmodel.errors import InputError, WorldModelError
@@ -38,11 +38,12 @@ class Chunk:
     """What one step adds to B sessions. Likelihoods are of the *noised latent* x~ at the model's noise level.
 
     frames: (B, F, height, width, 3) uint8 RGB, imagined or as observed. latent: (B, C, h, w) clean latent.
-    log_prob: (B,) float64 nats of the chunk given past and action, exact for x~ as committed. guided_log_prob: the same under the
-    guided sampler, or None. action_gain: (B,) nats, ``log p(chunk | action) - log p(chunk | no action)``.
+    log_prob: (B,) float64 nats of the chunk given past and action, exact for x~ as committed. guided_log_prob: the
+    same under the guided sampler, or None. action_gain: (B,) nats, ``log p(chunk | action) - log p(chunk | no action)``.
     log_prob_map: (B, h, w) nats a latent cell, summing to log_prob. noise: (B, C, h, w) the z that x~ maps to; given
-    back to `WorldModel.step` it reproduces the chunk. reward, termination: (B,). sweeps: (B,) deep Jacobi sweeps, 0 for
-    an observed chunk; residual: (B,) relative mean squared change of the last sweep. context_frames: (B,) latent frames it was conditioned on.
+    back to `WorldModel.step` it reproduces the chunk. reward, termination: (B,). sweeps: (B,) deep Jacobi sweeps, 0
+    for an observed chunk; residual: (B,) relative mean squared change of the last sweep. context_frames: (B,) latent
+    frames it was conditioned on.
     """
 
     frames: Tensor
@@ -347,9 +348,7 @@ class WorldModel:
         present = torch.ones(rows, dtype=torch.bool, device=self.device)
         return packed, self.actions(packed, present)[:, None]
 
-    def _encode(
-        self, state: WorldState, frames: np.ndarray | Tensor
-    ) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+    def _encode(self, state: WorldState, frames: np.ndarray | Tensor) -> tuple[Tensor, Tensor, CodecState]:
         expected = (state.rows, *self.frames_shape)
         try:
             pixels = torch.as_tensor(frames)

@@ -5,6 +5,8 @@ A token's way: projection in -> pre-norm layers (rotary attention, GELU MLP) -> 
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -95,7 +97,8 @@ class Transformer(nn.Module):
         self, x: Tensor, rotary: Rotary, mask: Tensor | str = "causal", past: KVCache | None = None
     ) -> Tensor:
         """The layers alone: hidden states (B, S, D) to (B, S, D). See `Attention.forward` for mask and past."""
-        for index, layer in enumerate(self.layers):
+        for index, module in enumerate(self.layers):
+            layer = cast(Layer, module)
             x = x + layer.attention(x, rotary, mask, past, index)
             x = x + layer.mlp(x)
         return x

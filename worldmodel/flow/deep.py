@@ -117,7 +117,8 @@ def _spread(features: Tensor | None, tokens: int) -> Tensor | None:
 @dataclass(frozen=True)
 class Committed:
     """Affine maps (B, frames, N, D), raster order, of accepted tokens: under the condition, under none (None where the
-    pass was not needed), and of the guided sampler (None without guidance)."""
+    pass was not needed), and of the guided sampler (None without guidance).
+    """
 
     model: Affine
     unconditional: Affine | None
@@ -178,8 +179,8 @@ class DeepBlock(Block):
     def kv_shape(self) -> KVShape:
         """The shape of this block's K/V pages."""
         t = self.transformer
-        attention = t.layers[0].attention
-        return KVShape(len(t.layers), attention.heads, t.head_dim, self.sos.dtype, self.sos.device)
+        heads = t.proj_in.out_features // t.head_dim
+        return KVShape(len(t.layers), heads, t.head_dim, self.sos.dtype, self.sos.device)
 
     def _begin(self, rows: int, text: Tensor | None, first: int, room: int) -> KVCache:
         cohort = Cohort(rows, 0, first, ())
@@ -317,11 +318,13 @@ class DeepBlock(Block):
             u=torch.cat((context.u, u), dim=1)[:, -context.window :],
             features=history,
         )
-        model, uncond, guided = (
-            None if a is None else self._raster(a, u.shape[2]) for a in (model, uncond, guided)
+        tokens = u.shape[2]
+        terms = Committed(
+            self._raster(model, tokens),
+            None if uncond is None else self._raster(uncond, tokens),
+            None if guided is None else self._raster(guided, tokens),
         )
-        assert model is not None
-        return after, Committed(model, uncond, guided)
+        return after, terms
 
     # ---- the window -----------------------------------------------------------------------------------------------
     def make_room(self, context: Context, keep: int | None) -> Context:

@@ -12,7 +12,8 @@ from worldmodel.flow.block import Transformer
 from worldmodel.flow.rope import concat_rotary, frame_rotary, text_rotary
 
 SCORE_SCALE = 0.3
-"""``x = x~ - 0.3 s(x~)``: the training loss is scaled by ``sigma_n / 0.3``, so this is Tweedie's step ``sigma_n^2 grad log p``."""
+"""``x = x~ - 0.3 s(x~)``: the training loss is scaled by ``sigma_n / 0.3``, so this is Tweedie's step
+``sigma_n^2 grad log p``."""
 
 
 @lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ L condition tokens, E action features. Tokens are in raster order between blocks
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -169,12 +169,17 @@ class Flow(nn.Module):
         """Tokens (B, T, N, D) to latents (B, T, C, h, w)."""
         return unpatchify(tokens, self.config.patch_size, grid)
 
+    @property
+    def shallow_blocks(self) -> list[Block]:
+        """Blocks 0 .. K-2, in the order of the forward pass."""
+        return [cast(Block, block) for block in self.shallow]
+
     # ---- shallow blocks: each frame alone -------------------------------------------------------------------------
     def shallow_forward(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Noisy tokens (B, T, N, D) to u and the elementwise log-determinant, both (B, T, N, D)."""
         v, shape = rearrange(x, "b t n d -> (b t) n d"), x.shape
         log_det = torch.zeros_like(v)
-        for block in self.shallow:
+        for block in self.shallow_blocks:
             own = block.to_own(v)
             affine = block.frame_parameters(own, grid)
             v = block.to_raster(affine.forward(own))
@@ -187,7 +192,7 @@ class Flow(nn.Module):
         """u (B, T, N, D) to noisy tokens, and the sweeps summed over blocks (B, T)."""
         w, shape = rearrange(u, "b t n d -> (b t) n d"), u.shape
         sweeps = torch.zeros(w.shape[0], dtype=torch.int64, device=w.device)
-        for block in reversed(self.shallow):
+        for block in reversed(self.shallow_blocks):
             own = block.to_own(w)
 
             def parameters(v: Tensor, block: Block = block) -> Affine:

@@ -19,7 +19,9 @@ def unpatchify(tokens: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
 
 
 def flips(num_blocks: int) -> tuple[bool, ...]:
-    """Which blocks read the tokens of a frame backwards (``seq_order: L2R``): shallow i by parity of i + 1, deep by parity of K.
+    """Which blocks read the tokens of a frame backwards (``seq_order: L2R``).
+
+    Shallow block i by the parity of i + 1, the deep block by that of K.
 
     For K = 6: flip, id, flip, id, flip, id. Frames are never reordered.
     """

@@ -48,7 +48,9 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Clips:
-    """Held-out clips: frames (B, T, F, height, width, 3), actions (B, T, ...), rewards (B, T), observations (B, T, F, ...)."""
+    """Held-out clips: frames (B, T, F, height, width, 3), actions (B, T, ...), rewards and terminated (B, T),
+    observations (B, T, F, ...).
+    """
 
     frames: np.ndarray
     actions: np.ndarray
@@ -75,7 +77,12 @@ def interval(
     rng = np.random.default_rng(config.seed)
     resampled = statistic(values[rng.integers(len(values), size=(config.bootstrap, len(values)))], axis=1)
     low, high = np.percentile(resampled, [2.5, 97.5])
-    return {"value": float(statistic(values, axis=0)), "low": float(low), "high": float(high), "n": len(values)}
+    return {
+        "value": float(statistic(values, axis=0)),
+        "low": float(low),
+        "high": float(high),
+        "n": len(values),
+    }
 
 
 def by_horizon(
@@ -105,7 +112,10 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return float((((2 * mx * my + c1) * (2 * vxy + c2)) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean())
 
     return np.array(
-        [[np.mean([one(x, y) for x, y in zip(p, q, strict=True)]) for p, q in zip(r, s, strict=True)] for r, s in zip(a, b, strict=True)]
+        [
+            [np.mean([one(x, y) for x, y in zip(p, q, strict=True)]) for p, q in zip(r, s, strict=True)]
+            for r, s in zip(a, b, strict=True)
+        ]
     )
 
 
@@ -156,7 +166,8 @@ def likelihoods(world: WorldModel, clips: Clips, config: EvaluateConfig) -> dict
         if t >= config.context:
             nats["true"].append(chunk.log_prob.numpy())
             rewards.append(chunk.reward.numpy())
-    dims, result = math.prod(world.latent_shape), {}
+    dims = math.prod(world.latent_shape)
+    result: dict[str, Any] = {}
     for name, values in nats.items():
         per_clip = np.mean(values, axis=0)
         result[name] = {
@@ -184,8 +195,10 @@ def r_squared(predicted: np.ndarray, true: np.ndarray, config: EvaluateConfig) -
     return {"r2": score(np.arange(n)), "low": float(low), "high": float(high), "n": int(true.size)}
 
 
-def open_loop(world: WorldModel, clips: Clips, config: EvaluateConfig, horizon: int) -> tuple[np.ndarray, np.ndarray]:
-    """Frames (B, horizon, F, ...) imagined after ``context`` real chunks under the true actions, and rewards (B, horizon)."""
+def open_loop(
+    world: WorldModel, clips: Clips, config: EvaluateConfig, horizon: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frames (B, horizon, F, ...) imagined after ``context`` real chunks under true actions; rewards (B, horizon)."""
     state = world.initial_state(list(range(len(clips.frames))))
     c = config.context
     state, _ = world.observe_clip(state, clips.frames[:, :c], clips.actions[:, :c])
@@ -305,12 +318,16 @@ def git_revision() -> str:
         run = lambda *a: subprocess.run(  # noqa: E731
             ["git", *a], cwd=here, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
-        return str(run("rev-parse", "--short", "HEAD")) + ("+changes" if run("status", "--porcelain", "-uno") else "")
+        return str(run("rev-parse", "--short", "HEAD")) + (
+            "+changes" if run("status", "--porcelain", "-uno") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 
-def evaluate(world: WorldModel, dataset: EpisodeDataset, out: str | Path, config: EvaluateConfig | None = None) -> dict[str, Any]:
+def evaluate(
+    world: WorldModel, dataset: EpisodeDataset, out: str | Path, config: EvaluateConfig | None = None
+) -> dict[str, Any]:
     """Measure a world; writes ``evaluation.json``, ``evaluation.png`` and ``pictures.png`` into ``out``.
 
     Raises:
@@ -368,25 +385,33 @@ def summary(numbers: dict[str, Any]) -> str:
     def shown(value: dict[str, float]) -> str:
         return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
-    lines = [f"world {numbers['world']}, revision {numbers['git_revision']}, {numbers['data']['held_out_clips']} held-out clips"]
+    lines = [
+        f"world {numbers['world']}, revision {numbers['git_revision']}, {numbers['data']['held_out_clips']} held-out clips"
+    ]
     for name in ("true", "none", "wrong"):
         row = likelihood[name]
         lines.append(
             f"{name:6s} action: {shown(row['nats_per_chunk'])} nats a chunk, {shown(row['bits_per_dim'])} bits/dim, "
-            f"z^2/2 + log sigma {likelihood['mean_z2_half_plus_log_sigma'][name]:.3f} (floor {likelihood['noise_floor']:.3f})"
+            f"z^2/2 + log sigma {likelihood['mean_z2_half_plus_log_sigma'][name]:.3f} "
+            f"(floor {likelihood['noise_floor']:.3f})"
         )
-    lines.append(f"reward R2: teacher-forced {likelihood['reward']['r2']:.4f}, open loop {ways['open_loop']['reward']['r2']:.4f}")
+    lines.append(
+        f"reward R2: teacher-forced {likelihood['reward']['r2']:.4f}, open loop {ways['open_loop']['reward']['r2']:.4f}"
+    )
     lines.append(f"codec: {ways['codec_only']['psnr_of_mean_error']:.2f} dB")
     for metric in ("angle_error_degrees", "psnr", "ssim"):
         for name in ("open_loop", "teacher_forced", "repeat_last_chunk"):
             values = ways[name].get(metric)
             if values:
                 chosen = [h for h in (1, 2, 5, 8, 12, 16) if h <= len(values)]
-                lines.append(f"{metric:20s} {name:18s} " + "  ".join(f"@{h} {shown(values[h - 1])}" for h in chosen))
+                lines.append(
+                    f"{metric:20s} {name:18s} " + "  ".join(f"@{h} {shown(values[h - 1])}" for h in chosen)
+                )
     if "endurance" in numbers:
         e = numbers["endurance"]
         lines.append(
-            f"open loop of {e['chunks']} chunks: PSNR to the nearest real frame {shown(e['sharpness_psnr_first_tenth'])} -> "
+            f"open loop of {e['chunks']} chunks: PSNR to the nearest real frame "
+            f"{shown(e['sharpness_psnr_first_tenth'])} -> "
             f"{shown(e['sharpness_psnr_last_tenth'])}; degrees a frame {shown(e['degrees_a_frame_last_tenth'])} "
             f"(real {shown(e['degrees_a_frame_real'])})"
         )

@@ -96,7 +96,7 @@ def export_world(
 
 
 def bank_of_starts(recipe: Recipe, dataset: EpisodeDataset) -> dict[str, np.ndarray]:
-    """Clips (S, T, F, height, width, 3) and actions (S, T, ...) from the beginning, middle and end of validation episodes."""
+    """Clips (S, T, F, height, width, 3) and actions (S, T, ...) from anywhere in validation episodes."""
     split = dataset.split("validation")
     rng = np.random.default_rng(recipe.collect.seed)
     windows = split.sample_windows(recipe.starts, recipe.start_chunks, rng)

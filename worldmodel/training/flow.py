@@ -106,9 +106,13 @@ class Latents:
             DataError: no episode is that long.
         """
         ends = np.cumsum(self.lengths)
-        found = [np.arange(e - n, e - length + 1) for e, n in zip(ends, self.lengths, strict=True) if n >= length]
+        found = [
+            np.arange(e - n, e - length + 1) for e, n in zip(ends, self.lengths, strict=True) if n >= length
+        ]
         if not found:
-            raise DataError(f"no episode has {length} chunks (the longest has {self.lengths.max()}); use shorter windows")
+            raise DataError(
+                f"no episode has {length} chunks (the longest has {self.lengths.max()}); use shorter windows"
+            )
         return np.concatenate(found)
 
 

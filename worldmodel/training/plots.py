@@ -110,7 +110,9 @@ def contact_sheet(report: Report, scale: int = 2) -> np.ndarray:
         rows.append(np.full((4, rows[0].shape[1], 3), 160, dtype=np.uint8))
     for strip in report.pictures.get("endurance", []):
         line = np.concatenate(list(strip), axis=1)[:, : rows[0].shape[1]]
-        rows.append(np.pad(line, ((0, 0), (0, rows[0].shape[1] - line.shape[1]), (0, 0)), constant_values=160))
+        rows.append(
+            np.pad(line, ((0, 0), (0, rows[0].shape[1] - line.shape[1]), (0, 0)), constant_values=160)
+        )
     sheet = np.concatenate(rows)
     return np.repeat(np.repeat(sheet, scale, axis=0), scale, axis=1)
 
