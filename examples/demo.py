@@ -21,7 +21,7 @@ from envs.real import ChunkedEnv
 from envs.recorder import write_video
 from worldmodel import WorldModel
 from worldmodel.files import write_atomic
-from worldmodel.training.evaluate import psnr
+from worldmodel.training.measure import psnr
 from worldmodel.training.plots import write_sheet
 from worldmodel.training.probes import PROBES, wrap
 

@@ -162,8 +162,9 @@ def evaluate(
 ) -> None:
     """Measure a world on held-out real episodes: nats, bits/dim, PSNR, SSIM, angle error, reward; JSON and plots."""
     from worldmodel.training.episodes import EpisodeDataset
-    from worldmodel.training.evaluate import EvaluateConfig, held_out_dataset, summary
     from worldmodel.training.evaluate import evaluate as run
+    from worldmodel.training.evaluate import held_out_dataset, summary
+    from worldmodel.training.measure import EvaluateConfig
     from worldmodel.world import WorldModel
 
     model = WorldModel.load(world)

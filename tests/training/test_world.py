@@ -19,10 +19,11 @@ from worldmodel.flow.flow import FlowConfig
 from worldmodel.training.codec import CodecTraining
 from worldmodel.training.collect import CollectConfig, PolicyShare, collect
 from worldmodel.training.episodes import EpisodeDataset
-from worldmodel.training.evaluate import EvaluateConfig, evaluate, interval, psnr, r_squared, ssim, summary
+from worldmodel.training.evaluate import evaluate, summary
 from worldmodel.training.export import train_world
 from worldmodel.training.flow import FlowStage, FlowTraining, HeadsTraining, Latents
 from worldmodel.training.loop import LoopConfig
+from worldmodel.training.measure import EvaluateConfig, interval, psnr, r_squared, ssim
 from worldmodel.training.probes import pendulum_angle, pendulum_true_angle, wrap
 from worldmodel.training.recipes import RECIPES, Recipe, load_recipe
 from worldmodel.world import WorldModel

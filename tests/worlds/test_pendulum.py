@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium
@@ -13,20 +14,13 @@ from gymnasium.utils.env_checker import check_env
 
 import envs
 from worldmodel.checkpoint import find_world
+from worldmodel.files import config_from_dict
 from worldmodel.sampling import Sampling
-from worldmodel.training.evaluate import (
-    Clips,
-    EvaluateConfig,
-    codec_only,
-    held_out_clips,
-    likelihoods,
-    open_loop,
-    psnr,
-)
 from worldmodel.training.collect import CollectConfig, collect
 from worldmodel.training.episodes import EpisodeDataset
+from worldmodel.training.evaluate import held_out_clips
+from worldmodel.training.measure import Clips, EvaluateConfig, codec_only, likelihoods, open_loop, psnr
 from worldmodel.training.probes import pendulum_angle, pendulum_true_angle, wrap
-from worldmodel.files import config_from_dict
 from worldmodel.world import WorldModel
 
 CONFIG = EvaluateConfig(horizon=5, clips=24, bootstrap=50)
@@ -40,8 +34,6 @@ def world() -> WorldModel:
 @pytest.fixture(scope="module")
 def clips(world: WorldModel, tmp_path_factory: pytest.TempPathFactory) -> Clips:
     """Fresh real clips: the same environment and policies, a seed that no training used."""
-    from dataclasses import replace
-
     config = config_from_dict(CollectConfig, world.spec.environment, "world.json")
     folder = tmp_path_factory.mktemp("fresh")
     collect(replace(config, episodes=24, chunks=12, seed=77, workers=1), folder)
@@ -62,7 +54,9 @@ def test_open_loop_follows_the_simulator(world: WorldModel, clips: Clips) -> Non
     real = clips.frames[:, CONFIG.context :]
     true = pendulum_true_angle(clips.observations[:, CONFIG.context :, -1])
     error = np.degrees(np.abs(wrap(pendulum_angle(imagined[:, :, -1]) - true)))
-    repeated = np.degrees(np.abs(wrap(pendulum_angle(clips.frames[:, CONFIG.context - 1, -1])[:, None] - true)))
+    repeated = np.degrees(
+        np.abs(wrap(pendulum_angle(clips.frames[:, CONFIG.context - 1, -1])[:, None] - true))
+    )
     assert np.median(error[:, 0]) < 3.0  # asked 1.5 over 90 clips; room for the median of 24
     assert np.median(error, axis=0)[-1] < np.median(repeated, axis=0)[-1] / 3
     assert (psnr(imagined, real).mean(0) > 28).all()
@@ -113,4 +107,6 @@ def test_native_batch_equals_single_environments(world: WorldModel) -> None:
         for i, env in enumerate(singles):
             alone, _, _, _, own = env.step(actions[i])
             assert np.array_equal(observation[i], alone)
-            assert info["log_prob"][i] == pytest.approx(own["log_prob"], abs=1e-4 * abs(own["log_prob"]) + 1e-4)
+            assert info["log_prob"][i] == pytest.approx(
+                own["log_prob"], abs=1e-4 * abs(own["log_prob"]) + 1e-4
+            )

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
 
 from worldmodel.errors import ConfigError
 from worldmodel.files import write_atomic
-
-if TYPE_CHECKING:
-    from worldmodel.training.evaluate import Report
+from worldmodel.training.measure import Report
 
 STYLE = {
     "open_loop": ("open loop", "C3"),
