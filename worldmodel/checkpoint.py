@@ -11,7 +11,9 @@ Weights may be stored as float16; they are computed with as float32.
 from __future__ import annotations
 
 import hashlib
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,8 +27,8 @@ from torch import Tensor, nn
 
 from worldmodel.codec.conv import ConvCodec, ConvCodecConfig, channels_last
 from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
-from worldmodel.condition.spaces import packed_size, space_from_json
-from worldmodel.errors import CheckpointError, ConfigError
+from worldmodel.condition.spaces import pack_actions, packed_size, space_from_json
+from worldmodel.errors import CheckpointError, ConfigError, InputError
 from worldmodel.files import (
     config_from_dict,
     config_to_dict,
@@ -186,21 +188,24 @@ def _read_starts(file: Path, spec: WorldSpec) -> Mapping[str, np.ndarray]:
             starts = {key: archive[key] for key in archive.files}
             if "frames" not in starts:
                 raise KeyError("frames")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise CheckpointError(
-            f"{file}: cannot be read ({error!s:.80}); copy the world directory again"
+            f"{file}: cannot be read ({' '.join(str(error).split()):.80}); copy the world directory again"
         ) from error
-    frames = starts["frames"]
-    if (
-        frames.dtype != np.uint8
-        or frames.ndim != 6
-        or frames.shape[3:] != (*spec.frame_size, 3)
-        or not len(frames)
-    ):
+    frames, expected = starts["frames"], (spec.codec.frames, *spec.frame_size, 3)
+    if frames.dtype != np.uint8 or frames.shape[2:] != expected or 0 in frames.shape:
         raise CheckpointError(
-            f"{file}: frames are {frames.dtype} {frames.shape}, expected uint8 "
-            f"(S, T, F, {spec.frame_size[0]}, {spec.frame_size[1]}, 3)"
+            f"{file}: frames are {frames.dtype} {frames.shape}, expected uint8 (S, T, *{expected})"
         )
+    if spec.actions.packed:
+        clips, length = frames.shape[:2]
+        try:
+            for t in range(length):
+                pack_actions(spec.action_space, actions_at(start_actions(starts), t), clips)
+            if any(np.shape(a)[1] != length for a in _leaves(start_actions(starts))):
+                raise InputError(f"actions are not of {length} chunks a clip")
+        except (InputError, IndexError) as error:
+            raise CheckpointError(f"{file}: actions do not fit the frames or the space ({error})") from error
     return starts
 
 

@@ -55,6 +55,18 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def require_at_least(minimum: int, config: Any, *names: str) -> None:
+    """Check sizes of a configuration; a field may also be a tuple of sizes.
+
+    Raises:
+        ConfigError: the first field that is below ``minimum``.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if any(size < minimum for size in (value if isinstance(value, tuple) else (value,))):
+            raise ConfigError(f"{type(config).__name__}: {name} is {value}, expected at least {minimum}")
+
+
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from worldmodel.files import require_at_least
+
 
 @dataclass(frozen=True)
 class HeadsConfig:
@@ -16,6 +18,11 @@ class HeadsConfig:
     latent_size: int
     packed: int
     width: int = 192
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for sizes that no model has."""
+        require_at_least(1, self, "latent_size", "width")
+        require_at_least(0, self, "packed")
 
 
 class Outcome(NamedTuple):

@@ -185,6 +185,13 @@ def test_denoiser_target_is_the_score_of_the_flow() -> None:
     assert float(metrics["score"]) == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_noise_falls_from_its_start_to_the_models_own() -> None:
+    config = FlowTraining(replace(FLOW, noise_std=0.05), length=5, noise_start=0.1)
+    assert [config.noise(p) for p in (0.0, 0.4, 0.6, 1.0)] == pytest.approx([0.1, 0.1, 0.05, 0.05])
+    assert config.noise(0.5) == pytest.approx((0.1 * 0.05) ** 0.5)
+    assert FlowTraining(FLOW, length=5).noise(0.0) == FLOW.noise_std
+
+
 def test_recipes_round_trip_and_refuse_unknown_keys(tmp_path: Path) -> None:
     for name in RECIPES:
         file = tmp_path / f"{name}.json"

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from worldmodel.codec.base import CodecState
 from worldmodel.errors import CheckpointError, ConfigError, InputError
-from worldmodel.files import load_tensors, save_tensors
+from worldmodel.files import load_tensors, require_at_least, save_tensors
 
 PIXEL_SCALE = 128.0
 
@@ -40,7 +40,9 @@ class ConvCodecConfig:
     decoder_blocks: tuple[int, ...] = (2, 2, 1)
 
     def __post_init__(self) -> None:
-        """Raises ConfigError if the parts do not fit each other."""
+        """Raises ConfigError if the parts do not fit each other, or for sizes that no model has."""
+        require_at_least(1, self, "height", "width", "frames", "latent_channels", "patch", "widths")
+        require_at_least(0, self, "encoder_blocks", "decoder_blocks")
         if not len(self.widths) == len(self.encoder_blocks) == len(self.decoder_blocks) >= 1:
             raise ConfigError("codec widths, encoder_blocks and decoder_blocks must have one entry a level")
         if self.height % self.stride or self.width % self.stride:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from worldmodel.files import require_at_least
+
 
 @dataclass(frozen=True)
 class ActionEncoderConfig:
@@ -16,6 +18,11 @@ class ActionEncoderConfig:
     packed: int
     features: int = 64
     harmonics: int = 3
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for sizes that no model has."""
+        require_at_least(1, self, "features")
+        require_at_least(0, self, "packed", "harmonics")
 
 
 class ActionEncoder(nn.Module):

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from worldmodel.errors import ConfigError, InputError
+from worldmodel.files import require_at_least
 from worldmodel.flow.affine import Affine, standard_normal_log_prob
 from worldmodel.flow.block import Block, Transformer
 from worldmodel.flow.deep import DeepBlock
@@ -63,13 +64,17 @@ class FlowConfig:
         Raises:
             ConfigError: naming the field, what it is, and what it may be.
         """
+        require_at_least(1, self, "in_channels", "channels", "top_channels", "layers_per_block", "patch_size")
+        require_at_least(1, self, "head_dim", "window", "context", "denoiser_look_ahead")
+        require_at_least(0, self, "text_tokens", "text_dim", "action_features", "soft_clip")
+        require_at_least(0, self, "denoiser_channels", "denoiser_layers", "denoiser_window")
         checks = [
             (len(self.layers_per_block) >= 1, "layers_per_block", "at least one block"),
             (self.head_dim % 4 == 0 and self.head_dim >= 16, "head_dim", "a multiple of 4, at least 16"),
             (self.channels % self.head_dim == 0, "channels", "a multiple of head_dim"),
             (self.top_channels % self.head_dim == 0, "top_channels", "a multiple of head_dim"),
             (self.noise_std > 0, "noise_std", "positive"),
-            (1 <= self.context < self.window or self.window == 1, "context", "at least 1 and below window"),
+            (self.context < self.window or self.window == 1, "context", "below window"),
             ((self.text_tokens > 0) == (self.text_dim > 0), "text_dim", "set together with text_tokens"),
         ]
         for good, name, expected in checks:

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from worldmodel.errors import DataError
-from worldmodel.files import config_from_dict, write_json
+from worldmodel.files import config_from_dict, config_to_dict, write_json
 from worldmodel.training.collect import CollectConfig, collect
 from worldmodel.training.episodes import EpisodeDataset, EpisodeSplit, Windows, split_indices
 from worldmodel.training.measure import Clips, EvaluateConfig, Report, endurance, likelihoods, pictures
@@ -26,7 +26,7 @@ HELD_OUT_SEED = 1_000_003
 
 
 def held_out_clips(dataset: EpisodeDataset, world: WorldModel, length: int, limit: int) -> Clips:
-    """One clip of ``length`` chunks from the middle of each held-out episode that is long enough.
+    """One clip of ``length`` chunks from a random place of each held-out episode that is long enough.
 
     Held out are the last tenth of the episodes of the collection that the world was trained on (same seed), and all
     episodes of any other collection.
@@ -37,11 +37,12 @@ def held_out_clips(dataset: EpisodeDataset, world: WorldModel, length: int, limi
     trained_on = dataset.info["collect"] == world.spec.environment
     indices = split_indices(dataset.episodes, "test") if trained_on else range(dataset.episodes)
     split = EpisodeSplit(indices, dataset.frame_skip, lru_cache(maxsize=4)(dataset.episode))
+    rng = np.random.default_rng(0)
     windows: list[Windows] = []
     for row, index in enumerate(tqdm(indices, desc="read held-out episodes", unit="episode", leave=False)):
         chunks = int(split.lengths[row])
         if chunks >= length and len(windows) < limit:
-            windows.append(split.window(index, (chunks - length) // 2, length))
+            windows.append(split.window(index, int(rng.integers(chunks - length + 1)), length))
     if not windows:
         raise DataError(f"{dataset.folder}: no held-out episode has {length} chunks; collect longer episodes")
     return Clips(*(np.concatenate([getattr(w, name) for w in windows]) for name in Clips.__annotations__))
@@ -83,6 +84,7 @@ def evaluate(
         "git_revision": git_revision(),
         "data": {"environment": world.spec.environment.get("env"), "held_out_clips": len(clips.frames)},
         "context_chunks": config.context,
+        "sampling": config_to_dict(world.spec.sampling),
     }
     report.numbers["likelihood"] = likelihoods(world, clips, config)
     pictures(world, clips, config, report)

@@ -40,7 +40,7 @@ def small_flow(latent_channels: int, patch_size: int = 2) -> FlowConfig:
         head_dim=32,
         position_scale=4.0,
         action_features=64,
-        noise_std=0.1,
+        noise_std=0.05,
         window=16,
         context=8,
         denoiser_channels=128,
@@ -61,6 +61,7 @@ def pendulum() -> Recipe:
             small_flow(codec.model.latent_channels),
             LoopConfig(steps=30_000, minutes=56.0, lr=1.5e-3, warmup=300),
             batch=32,
+            noise_start=0.1,
         ),
     )
 
