@@ -182,6 +182,14 @@ def read_world(name: str | Path) -> WorldFiles:
     return WorldFiles(spec, tensors, _read_starts(path / "starts.npz", spec), digest.hexdigest(), path)
 
 
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError) + (
+    zipfile.BadZipFile,
+    zlib.error,
+    tokenize.TokenError,
+)
+"""What numpy raises for a damaged archive."""
+
+
 def _read_starts(file: Path, spec: WorldSpec) -> Mapping[str, np.ndarray]:
     try:
         with np.load(file, allow_pickle=False) as archive:
@@ -198,15 +206,22 @@ def _read_starts(file: Path, spec: WorldSpec) -> Mapping[str, np.ndarray]:
             f"{file}: frames are {frames.dtype} {frames.shape}, expected uint8 (S, T, *{expected})"
         )
     if spec.actions.packed:
-        clips, length = frames.shape[:2]
-        try:
-            for t in range(length):
-                pack_actions(spec.action_space, actions_at(start_actions(starts), t), clips)
-            if any(np.shape(a)[1] != length for a in _leaves(start_actions(starts))):
-                raise InputError(f"actions are not of {length} chunks a clip")
-        except (InputError, IndexError) as error:
-            raise CheckpointError(f"{file}: actions do not fit the frames or the space ({error})") from error
+        _check_start_actions(file, starts, spec)
     return starts
+
+
+def _check_start_actions(file: Path, starts: Mapping[str, np.ndarray], spec: WorldSpec) -> None:
+    shape = starts["frames"].shape[:2]
+    banks = {k.removeprefix("actions/"): v for k, v in starts.items() if k.startswith("actions")}
+    try:
+        if any(bank.shape[:2] != shape for bank in banks.values()):
+            raise InputError(f"not one for each of the {shape[1]} chunks of {shape[0]} clips")
+        flat = {k: v.reshape(-1, *v.shape[2:]) for k, v in banks.items()}
+        space = spec.action_space
+        batch = flat if isinstance(space, spaces.Dict) else flat.get("actions")
+        pack_actions(space, batch, shape[0] * shape[1])
+    except InputError as error:
+        raise CheckpointError(f"{file}: actions do not fit ({error})") from error
 
 
 def write_world(
