@@ -155,6 +155,10 @@ class WorldState:
         }
         return {k: v for k, v in named.items() if v is not None}
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """What a row of each tensor looks like, the K/V apart."""
+        return {name: tuple(tensor.shape[1:]) for name, tensor in self._tensors().items()}
+
     def _check(self) -> None:
         """Raises ValueError where parts do not fit each other, as in a file that was tampered with."""
         c = self.context

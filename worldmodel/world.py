@@ -23,7 +23,7 @@ from worldmodel.checkpoint import WorldFiles, WorldSpec, read_world
 from worldmodel.codec.base import Codec, CodecState
 from worldmodel.condition.actions import ActionEncoder
 from worldmodel.condition.spaces import pack_actions
-from worldmodel.errors import InputError, WorldModelError
+from worldmodel.errors import CheckpointError, InputError, WorldModelError
 from worldmodel.flow.affine import standard_normal_log_prob
 from worldmodel.flow.deep import Context
 from worldmodel.flow.flow import Flow
@@ -331,8 +331,16 @@ class WorldModel:
         state.save(path, self.fingerprint)
 
     def load_state(self, path: str | Path) -> WorldState:
-        """Read a state that this world saved; see `WorldState.load`."""
-        return WorldState.load(path, self.fingerprint, self.device)
+        """Read a state that this world saved; see `WorldState.load`.
+
+        Raises:
+            CheckpointError: corrupt, or of another world, also where only its configuration differs.
+        """
+        state = WorldState.load(path, self.fingerprint, self.device)
+        found = state.shapes()
+        if misfits := [k for k, v in self.initial_state([0]).shapes().items() if found.get(k) != v]:
+            raise CheckpointError(f"{path}: does not fit this world's configuration ({', '.join(misfits)})")
+        return state
 
     # ---- parts ----------------------------------------------------------------------------------------------------------
     def _action(self, action: Any, rows: int) -> tuple[Tensor, Tensor | None]:
