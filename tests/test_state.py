@@ -217,6 +217,16 @@ def test_a_state_of_another_format(world: WorldModel, saved: Path) -> None:
     one_line(lambda: world.load_state(saved), "state format 99, expected 1")
 
 
+def test_a_state_of_another_configuration(world: WorldModel, saved: Path, tmp_path: Path) -> None:
+    """The weights are the same, the window is not."""
+    path = write_toy(tmp_path / "wider")
+    file = path / "world.json"
+    file.write_text(file.read_text().replace('"window": 6', '"window": 7'))
+    wider = WorldModel.load(path)
+    assert wider.fingerprint == world.fingerprint and wider.flow.config.window == 7
+    one_line(lambda: wider.load_state(saved), "does not fit this world's configuration")
+
+
 def test_weights_are_not_a_state(world: WorldModel, tmp_path: Path) -> None:
     write_toy(tmp_path / "w")
     one_line(lambda: world.load_state(tmp_path / "w" / "flow.safetensors"), "not a saved world state")
@@ -228,7 +238,8 @@ def test_weights_are_not_a_state(world: WorldModel, tmp_path: Path) -> None:
 )
 def test_states_with_something_missing(world: WorldModel, saved: Path, key: str) -> None:
     rewrite(saved, lambda tensors, header: tensors.__delitem__(key))
-    one_line(lambda: world.load_state(saved), "not a saved world state")
+    why = "does not fit this world's configuration" if key == "features" else "not a saved world state"
+    one_line(lambda: world.load_state(saved), why)
 
 
 @pytest.mark.parametrize(
