@@ -236,6 +236,10 @@ def test_select_views_neighbours_and_keeps_sharing() -> None:
     kept = keys_values(batch).clone()
     advance(middle, 9)
     assert torch.equal(keys_values(batch), kept)
+    later, _ = advance(batch, 8)
+    kept = keys_values(later).clone()
+    advance(batch.select([1, 2]), 9)
+    assert torch.equal(keys_values(later), kept)
 
 
 def test_concat_of_unequal_lengths_runs_as_if_apart() -> None:

@@ -30,10 +30,15 @@ def frames(count: int, rows: int = ROWS) -> tuple[Tensor, Tensor]:
 
 
 def stream(
-    flow: Flow, u: Tensor, features: Tensor, keep: int | None, text: Tensor | None = None
+    flow: Flow,
+    u: Tensor,
+    features: Tensor,
+    keep: int | None,
+    text: Tensor | None = None,
+    window: int = WINDOW,
 ) -> tuple[Context, list[Affine]]:
     """Commit frame after frame; the context at the end, and each frame's affine map (B, 1, N, D)."""
-    context = flow.deep.start(len(u), GRID, WINDOW, text, UNCOND if text is not None else None, features=3)
+    context = flow.deep.start(len(u), GRID, window, text, UNCOND if text is not None else None, features=3)
     terms = []
     for t in range(u.shape[1]):
         context = flow.deep.reserve(flow.deep.make_room(context, keep))
@@ -96,16 +101,17 @@ def test_reencode_equals_a_fresh_session_on_the_last_frames(text: Tensor | None)
     assert again.cache.cohorts[0].first == 0
 
 
-def test_rolling_equals_attention_under_a_sliding_mask() -> None:
+@pytest.mark.parametrize("window", [1, 2, WINDOW])
+def test_rolling_equals_attention_under_a_sliding_mask(window: int) -> None:
     """One pass over all frames where frame t sees frames t - W + 1 .. t, at absolute positions."""
     count = 11
     u, features = frames(count)
-    _, terms = stream(FLOW, u, features, None)
+    _, terms = stream(FLOW, u, features, None, window=window)
     t = FLOW.deep.transformer
     v = rearrange(FLOW.deep.to_own(u), "b t n d -> b (t n) d")
     x = t.embed(FLOW.deep.shifted(v), features.repeat_interleave(TOKENS, dim=1))
     index = torch.arange(count).repeat_interleave(TOKENS)
-    mask = torch.ones(len(index), len(index)).tril().bool() & (index[None] > index[:, None] - WINDOW)
+    mask = torch.ones(len(index), len(index)).tril().bool() & (index[None] > index[:, None] - window)
     rotary = frame_rotary(GRID, 0, count, FLOW.deep.scale, t.head_dim, CPU)
     affine = affine_from_head(t.head(t.run(x, rotary, mask)), FLOW.deep.soft_clip)
     whole = [FLOW.deep.to_raster(rearrange(a, "b (t n) d -> b t n d", n=TOKENS)) for a in affine]
@@ -170,8 +176,10 @@ def test_ragged_batches_make_room_row_by_row(keep: int | None, text: Tensor | No
     one = slice(0, 1)
 
     def session(count: int) -> Context:
-        part = None if text is None else text[one]
-        context = flow.deep.start(1, GRID, WINDOW, part, None if part is None else UNCOND[one], features=3)
+        """Each with a prompt of its own."""
+        prompt, other = (draw(1, 3, 5, seed=100 * i + count) for i in (1, 2))
+        given = (None, None) if text is None else (prompt, other)
+        context = flow.deep.start(1, GRID, WINDOW, *given, features=3)
         for t in range(count):
             context = flow.deep.reserve(flow.deep.make_room(context, keep))
             context, _ = flow.deep.commit(context, u[one, t : t + 1], features[one, t : t + 1])
