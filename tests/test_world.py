@@ -245,6 +245,9 @@ def test_score_is_observe_without_the_consequences(world: WorldModel, length: in
     assert (many.log_prob >= -many.rate - 1e-9).all()  # log-mean-exp is at least the mean
     assert (many.log_prob != score.log_prob).all()
     assert torch.equal(after.log_prob, state.log_prob + chunk.log_prob)
+    if length == 2:  # scoring gave its slots back: the chunk was appended in place
+        pages = [s.context.cache.cohorts[0].segments[-1].page for s in (state, after)]
+        assert pages[0] is pages[1]
     # a session that was never scored goes the same way, bit for bit
     fresh, _, _ = walk(world, world.initial_state([1, 2]), a[:, :length])
     fresh, _ = world.observe(fresh, frames, a[:, length])

@@ -223,3 +223,17 @@ def test_more_kept_than_the_window_holds_is_cut_to_leave_room() -> None:
     noise = draw(1, 7, TOKENS, DIM)
     long = FLOW.sample(noise, GRID, features=features, window=WINDOW, context=WINDOW + 3)
     assert torch.equal(long, FLOW.sample(noise, GRID, features=features, window=WINDOW, context=WINDOW - 1))
+
+
+@pytest.mark.parametrize("past", [0, 3])
+def test_the_first_guess_is_the_previous_frame(past: int) -> None:
+    """Video-aware initialisation: one sweep from the frame before, or from the noise where there is none."""
+    u, features = frames(past + 1)
+    context, _ = stream(FLOW, u[:, :past], features[:, :past], KEEP)
+    noise = draw(ROWS, TOKENS, DIM)
+    guess = u[:, past - 1] if past else noise
+    solution = FLOW.deep.solve(FLOW.deep.reserve(context), noise, features[:, past:], 0.0, tolerance=1e9)
+    clip = torch.cat((u[:, :past], guess[:, None]), dim=1)
+    affine = FLOW.deep.clip_parameters(clip, GRID, None, features)
+    assert (solution.v - Affine(*(a[:, -1] for a in affine)).inverse(noise)).abs().max() < 1e-12
+    assert solution.sweeps.tolist() == [1] * ROWS
