@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from tests.sessions import actions, same_chunk, walk
 from tests.toy import write_toy
 from worldmodel.checkpoint import read_spec, read_world, write_world
 from worldmodel.errors import CheckpointError, ConfigError, WorldModelError
-from worldmodel.files import config_from_dict, config_to_dict
+from worldmodel.files import config_from_dict, config_to_dict, write_atomic
 from worldmodel.world import WorldModel
 
 PARTS = ("flow.safetensors", "codec.safetensors", "heads.safetensors", "starts.npz", "world.json")
@@ -352,3 +353,26 @@ def test_a_world_survives_a_full_disk(original: Path, tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
         assert files(world) == before
         WorldModel.load(world)
+
+
+def test_a_half_written_file_is_taken_away(tmp_path: Path) -> None:
+    file = tmp_path / "notes"
+    write_atomic(file, lambda path: path.write_text("old"))
+
+    def half(path: Path) -> None:
+        path.write_text("ha")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="cannot write .* is unchanged"):
+        write_atomic(file, half)
+    assert files(tmp_path) == {"notes": b"old"}
+
+
+def test_a_file_is_replaced_at_once(tmp_path: Path) -> None:
+    """Whoever has the old file open goes on reading the old file."""
+    file = tmp_path / "notes"
+    write_atomic(file, lambda path: path.write_text("old"))
+    with file.open() as reader:
+        write_atomic(file, lambda path: path.write_text("new"))
+        assert reader.read() == "old"
+    assert file.read_text() == "new"
