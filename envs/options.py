@@ -31,9 +31,9 @@ class EnvOptions:
     step_mode: StepMode = "chunk"
     observation: Observation = "pixels"
     termination_threshold: float = 0.5
-    guidance: float = 0.0
-    temperature: float = 1.0
-    context: Literal["reencode", "rolling"] = "reencode"
+    guidance: float | None = None
+    temperature: float | None = None
+    context: Literal["reencode", "rolling"] | None = None
     render_mode: str | None = None
 
     def __post_init__(self) -> None:
@@ -54,8 +54,9 @@ class EnvOptions:
         self.sampling(Sampling())
 
     def sampling(self, base: Sampling) -> Sampling:
-        """The sampler's dials: these options, and the world's own solver tolerance."""
-        return replace(base, guidance=self.guidance, temperature=self.temperature, context=self.context)
+        """The sampler's dials: these options where they are given, else the world's own."""
+        given = {"guidance": self.guidance, "temperature": self.temperature, "context": self.context}
+        return replace(base, **{name: value for name, value in given.items() if value is not None})
 
 
 def check_max_chunks(value: int | None) -> int | None:

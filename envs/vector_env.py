@@ -72,9 +72,9 @@ class WorldModelVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
         observation: Observation = "pixels",
         max_chunks: int | None | Sequence[int | None] = 50,
         termination_threshold: float = 0.5,
-        guidance: float = 0.0,
-        temperature: float = 1.0,
-        context: Literal["reencode", "rolling"] = "reencode",
+        guidance: float | None = None,
+        temperature: float | None = None,
+        context: Literal["reencode", "rolling"] | None = None,
         render_mode: str | None = None,
     ) -> None:
         if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:

@@ -61,7 +61,7 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
             or a world.
         max_chunks: the episode is truncated after so many chunks; None for never.
         termination_threshold: the episode terminates where the termination head's probability is above it.
-        guidance, temperature, context: see `worldmodel.Sampling`.
+        guidance, temperature, context: see `worldmodel.Sampling`; None for the world's own.
         render_mode: "rgb_array" the newest frame; "rgb_array_list" all since the last call; "human" a window.
 
     Raises:
@@ -81,9 +81,9 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
         observation: Observation = "pixels",
         max_chunks: int | None = 50,
         termination_threshold: float = 0.5,
-        guidance: float = 0.0,
-        temperature: float = 1.0,
-        context: Literal["reencode", "rolling"] = "reencode",
+        guidance: float | None = None,
+        temperature: float | None = None,
+        context: Literal["reencode", "rolling"] | None = None,
         render_mode: str | None = None,
     ) -> None:
         self.options = EnvOptions(

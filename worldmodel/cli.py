@@ -184,11 +184,14 @@ def rollout(
     out: Annotated[Path, typer.Option(help="The video: .mp4, .webm or .gif.")] = Path("rollout.mp4"),
     seed: Annotated[int, typer.Option(help="Start and noise.")] = 0,
     hold: Annotated[int, typer.Option(help="Chunks that each random action is held for.")] = 4,
-    guidance: Annotated[float, typer.Option(help="Guidance weight of the action.")] = 0.0,
-    temperature: Annotated[float, typer.Option(help="Standard deviation of the noise.")] = 1.0,
+    guidance: Annotated[float | None, typer.Option(help="Guidance weight; default: the world's.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Scale of the noise; default: the world's.")
+    ] = None,
     context: Annotated[
-        str, typer.Option(help='When the window is full: "reencode" or "rolling".')
-    ] = "reencode",
+        str | None,
+        typer.Option(help='When the window is full: "reencode" or "rolling"; default: the world\'s.'),
+    ] = None,
     scale: Annotated[int, typer.Option(help="Enlarge the picture so many times.")] = 4,
 ) -> None:
     """Imagine a future under random actions, write it as a video, and print its likelihood."""
@@ -196,11 +199,11 @@ def rollout(
     from tqdm import tqdm
 
     from envs.recorder import write_video
-    from worldmodel.sampling import Sampling
     from worldmodel.world import WorldModel
 
     model = WorldModel.load(world)
-    sampling = Sampling(guidance=guidance, temperature=temperature, context=context)  # type: ignore[arg-type]
+    given: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "context": context}
+    sampling = replace(model.spec.sampling, **{k: v for k, v in given.items() if v is not None})
     state, begun = model.reset([seed])
     frames = [np.asarray(c.frames[0]) for c in begun]
     space = model.spec.action_space

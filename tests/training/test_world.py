@@ -19,7 +19,7 @@ from worldmodel.flow.flow import FlowConfig
 from worldmodel.training.codec import CodecTraining
 from worldmodel.training.collect import CollectConfig, PolicyShare, collect
 from worldmodel.training.episodes import EpisodeDataset
-from worldmodel.training.evaluate import evaluate, summary
+from worldmodel.training.evaluate import evaluate, held_out_clips, summary
 from worldmodel.training.export import train_world
 from worldmodel.training.flow import FlowStage, FlowTraining, HeadsTraining, Latents
 from worldmodel.training.loop import LoopConfig
@@ -127,6 +127,15 @@ def test_evaluation_is_complete_and_on_held_out_episodes(made: tuple[Recipe, Pat
     for png in ("evaluation.png", "pictures.png"):
         assert (root / "report" / png).read_bytes().startswith(b"\x89PNG")
     assert "nats a chunk" in summary(numbers)
+
+
+def test_episodes_that_were_trained_on_are_never_evaluated(made: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, root = made
+    world = WorldModel.load(root / "world")
+    longer = replace(recipe.collect, episodes=22)
+    collect(longer, tmp_path / "longer")  # the same seed: its first 20 episodes are those of the training
+    clips = held_out_clips(EpisodeDataset.open(tmp_path / "longer"), world, 6, 99)
+    assert len(clips.frames) == 4  # the last tenth of the 20, and the two new ones
 
 
 def test_evaluation_refuses_a_dataset_of_another_size(made: tuple[Recipe, Path], tmp_path: Path) -> None:

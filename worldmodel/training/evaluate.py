@@ -28,14 +28,16 @@ HELD_OUT_SEED = 1_000_003
 def held_out_clips(dataset: EpisodeDataset, world: WorldModel, length: int, limit: int) -> Clips:
     """One clip of ``length`` chunks from a random place of each held-out episode that is long enough.
 
-    Held out are the last tenth of the episodes of the collection that the world was trained on (same seed), and all
-    episodes of any other collection.
+    Held out are the last tenth of the episodes that the world was trained on, whatever follows them in a longer
+    collection of the same seed, and all episodes of a collection of another seed or environment.
 
     Raises:
         DataError: no held-out episode is that long.
     """
-    trained_on = dataset.info["collect"] == world.spec.environment
-    indices = split_indices(dataset.episodes, "test") if trained_on else range(dataset.episodes)
+    made, own = dataset.info["collect"], world.spec.environment
+    trained_on = all(made.get(key) == own.get(key) for key in ("env", "seed"))
+    first = split_indices(int(own["episodes"]), "test").start if trained_on else 0
+    indices = range(first, dataset.episodes)
     split = EpisodeSplit(indices, dataset.frame_skip, lru_cache(maxsize=4)(dataset.episode))
     rng = np.random.default_rng(0)
     windows: list[Windows] = []
@@ -45,7 +47,9 @@ def held_out_clips(dataset: EpisodeDataset, world: WorldModel, length: int, limi
             windows.append(split.window(index, int(rng.integers(chunks - length + 1)), length))
     if not windows:
         raise DataError(f"{dataset.folder}: no held-out episode has {length} chunks; collect longer episodes")
-    return Clips(*(np.concatenate([getattr(w, name) for w in windows]) for name in Clips.__annotations__))
+    arrays = ("frames", "actions", "rewards", "terminated", "observations")
+    policies = np.array([str(dataset.episode(int(w.episode[0])).meta.get("policy")) for w in windows])
+    return Clips(*(np.concatenate([getattr(w, name) for w in windows]) for name in arrays), policies)
 
 
 def git_revision() -> str:
@@ -143,6 +147,10 @@ def summary(numbers: dict[str, Any]) -> str:
                 lines.append(
                     f"{metric:20s} {name:18s} " + "  ".join(f"@{h} {shown(values[h - 1])}" for h in chosen)
                 )
+    for policy, values in ways["open_loop"].get("angle_error_degrees_by_policy", {}).items():
+        chosen = [h for h in (1, 2, 5, 8, 12, 16) if h <= len(values)]
+        shown_values = "  ".join(f"@{h} {shown(values[h - 1])}" for h in chosen)
+        lines.append(f"{'  open loop, policy':20s} {policy:18s} {shown_values} (n {values[0]['n']})")
     if "endurance" in numbers:
         e = numbers["endurance"]
         lines.append(

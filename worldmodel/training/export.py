@@ -80,6 +80,7 @@ def export_world(
         codec=codec.config,
         actions=ActionEncoderConfig(packed, flow.config.action_features, recipe.flow.harmonics),
         heads=heads.config,
+        sampling=recipe.sampling,
         environment=dataset.info["collect"],
         provenance={
             "recipe": config_to_dict(recipe),

@@ -38,7 +38,7 @@ class EvaluateConfig:
 @dataclass(frozen=True)
 class Clips:
     """Held-out clips: frames (B, T, F, height, width, 3), actions (B, T, ...), rewards and terminated (B, T),
-    observations (B, T, F, ...).
+    observations (B, T, F, ...); policies (B,) str, the behaviour that each one shows.
     """
 
     frames: np.ndarray
@@ -46,6 +46,7 @@ class Clips:
     rewards: np.ndarray
     terminated: np.ndarray
     observations: np.ndarray
+    policies: np.ndarray
 
 
 @dataclass
@@ -223,6 +224,10 @@ def pictures(world: WorldModel, clips: Clips, config: EvaluateConfig, report: Re
             true_angle = truth(clips.observations[:, c : c + horizon, -1])
             error = np.degrees(np.abs(wrap(off_picture(frames[:, :, -1]) - true_angle)))
             numbers[name]["angle_error_degrees"] = by_horizon(error, np.median, config)
+            numbers[name]["angle_error_degrees_by_policy"] = {
+                str(p): by_horizon(error[clips.policies == p], np.median, config)
+                for p in np.unique(clips.policies)
+            }
     total = np.square(ways["codec_only"].astype(np.float32) - real).mean()
     numbers["codec_only"]["psnr_of_mean_error"] = float(10 * np.log10(255.0**2 / total))
     numbers["open_loop"]["reward"] = r_squared(rewards, clips.rewards[:, c : c + horizon], config)

@@ -9,6 +9,7 @@ from pathlib import Path
 from worldmodel.errors import ConfigError
 from worldmodel.files import config_from_dict, read_json
 from worldmodel.flow.flow import FlowConfig
+from worldmodel.sampling import Sampling
 from worldmodel.training.codec import CodecTraining, pendulum_codec
 from worldmodel.training.collect import CollectConfig
 from worldmodel.training.collect import pendulum as pendulum_collection
@@ -18,13 +19,14 @@ from worldmodel.training.loop import LoopConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a world is made. ``starts``: real clips in its bank, each of ``start_chunks`` chunks."""
+    """How a world is made. sampling: its default sampler. starts: real clips in its bank, each of ``start_chunks`` chunks."""
 
     name: str
     collect: CollectConfig
     codec: CodecTraining
     flow: FlowTraining
     heads: HeadsTraining = field(default_factory=HeadsTraining)
+    sampling: Sampling = Sampling()
     starts: int = 32
     start_chunks: int = 3
 
@@ -63,6 +65,7 @@ def pendulum() -> Recipe:
             batch=32,
             noise_start=0.1,
         ),
+        sampling=Sampling(temperature=0.25),
     )
 
 
