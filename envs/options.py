@@ -55,7 +55,11 @@ class EnvOptions:
 
     def sampling(self, base: Sampling) -> Sampling:
         """The sampler's dials: these options where they are given, else the world's own."""
-        given = {"guidance": self.guidance, "temperature": self.temperature, "context": self.context}
+        given: dict[str, Any] = {
+            "guidance": self.guidance,
+            "temperature": self.temperature,
+            "context": self.context,
+        }
         return replace(base, **{name: value for name, value in given.items() if value is not None})
 
 

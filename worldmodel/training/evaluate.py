@@ -49,7 +49,9 @@ def held_out_clips(dataset: EpisodeDataset, world: WorldModel, length: int, limi
         raise DataError(f"{dataset.folder}: no held-out episode has {length} chunks; collect longer episodes")
     arrays = ("frames", "actions", "rewards", "terminated", "observations")
     policies = np.array([str(dataset.episode(int(w.episode[0])).meta.get("policy")) for w in windows])
-    return Clips(*(np.concatenate([getattr(w, name) for w in windows]) for name in arrays), policies)
+    return Clips(
+        **{name: np.concatenate([getattr(w, name) for w in windows]) for name in arrays}, policies=policies
+    )
 
 
 def git_revision() -> str:

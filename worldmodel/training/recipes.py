@@ -19,7 +19,7 @@ from worldmodel.training.loop import LoopConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a world is made. sampling: its default sampler. starts: real clips in its bank, each of ``start_chunks`` chunks."""
+    """How a world is made. sampling: its default sampler. starts: clips in its bank, of ``start_chunks`` chunks each."""
 
     name: str
     collect: CollectConfig
