@@ -18,17 +18,21 @@ from worldmodel import InputError
 
 
 def coloured_noise(rng: np.random.Generator, shape: tuple[int, int, int], colour: float) -> np.ndarray:
-    """Gaussian noise (N, H, A) of unit variance whose power over H falls as 1 / f^colour (Timmer and König, 1995)."""
-    n, horizon, size = shape
-    if colour == 0 or horizon == 1:
+    """Gaussian noise (N, H, A) of unit variance whose power over H falls as 1 / f^colour (Timmer and König, 1995).
+
+    Cut from runs four times as long: the slow part of the noise is longer than a short horizon.
+    """
+    if colour == 0:
         return rng.standard_normal(shape)
-    scale = np.maximum(np.fft.rfftfreq(horizon), 1 / horizon) ** (-colour / 2)
+    n, horizon, size = shape
+    length = 4 * horizon
+    scale = np.maximum(np.fft.rfftfreq(length), 1 / length) ** (-colour / 2)
     real, imaginary = rng.standard_normal((2, n, len(scale), size))
-    edge = np.zeros(len(scale), dtype=bool)  # frequencies that have no phase
-    edge[0], edge[-1] = True, horizon % 2 == 0
+    edge = np.zeros(len(scale), dtype=bool)  # the two frequencies that have no phase
+    edge[[0, -1]] = True
     spectrum = np.where(edge[:, None], math.sqrt(2) * real, real + 1j * imaginary) * scale[:, None]
-    power = (np.where(edge, 2.0, 4.0) * scale**2).sum() / horizon**2
-    return np.fft.irfft(spectrum, n=horizon, axis=1) / math.sqrt(power)
+    power = (np.where(edge, 2.0, 4.0) * scale**2).sum() / length**2
+    return np.fft.irfft(spectrum, n=length, axis=1)[:, :horizon] / math.sqrt(power)
 
 
 @dataclass(frozen=True)

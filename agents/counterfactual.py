@@ -113,5 +113,7 @@ def _chunk(actions: Any, t: int) -> Any:
 
 def _pair(first: Any, second: Any) -> Any:
     if isinstance(first, Mapping):
+        if not isinstance(second, Mapping) or set(first) != set(second):
+            raise InputError(f"otherwise must be a dict with keys {sorted(first)}, as the actions")
         return {k: _pair(v, second[k]) for k, v in first.items()}
     return np.concatenate((first, second))
