@@ -50,3 +50,10 @@ def test_ppo_stable_baselines3(world: str, tmp_path: Path) -> None:
     output = run("ppo_stable_baselines3.py", tmp_path, "--world", world, *arguments)
     assert "after 100 steps" in output
     assert (tmp_path / "policy.zip").stat().st_size > 0
+
+
+def test_plan_pendulum(world: str, tmp_path: Path) -> None:
+    pytest.importorskip("pygame")
+    output = run("plan_pendulum.py", tmp_path, "--world", world, "--episodes", "1", "--chunks", "3")
+    assert output.count("mean return") == 3
+    assert (tmp_path / "plan_pendulum.png").stat().st_size > 0

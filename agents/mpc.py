@@ -1,0 +1,82 @@
+"""Acting by planning again after every real chunk: real frames in, actions out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from agents.beliefs import Belief
+from agents.objectives import Moment, Objective
+from agents.planners import Plan, Planner
+from worldmodel import InputError, WorldModel, WorldState
+
+
+class MPCAgent:
+    """Model-predictive control of one session: `reset`, then `act` and `observe` in turn.
+
+    The world never drives: it observes what really happened, and imagines only to plan. ``state`` and ``last_plan`` may
+    be read at any time.
+    """
+
+    def __init__(
+        self,
+        world: WorldModel,
+        planner: Planner | None = None,
+        objective: Objective | Callable[[Moment], Any] | None = None,
+    ) -> None:
+        self.world = world
+        self.planner = planner or Planner()
+        self.objective = objective
+        self.state: WorldState | None = None
+        self.last_plan: Plan | None = None
+        self._warm: tuple[Belief, np.ndarray] | None = None
+        self._seed, self._chunks = 0, 0
+
+    def reset(self, frames: np.ndarray, seed: int = 0) -> None:
+        """Begin with the first real chunk (F, height, width, 3) uint8, or one picture (height, width, 3) held still.
+
+        Raises:
+            InputError: another shape or dtype.
+        """
+        pixels = np.asarray(frames)
+        if pixels.ndim == 3:
+            pixels = np.broadcast_to(pixels, (self.world.chunk_frames, *pixels.shape))
+        self.state, _ = self.world.observe(self.world.initial_state([seed]), pixels[None].copy())
+        self.last_plan, self._warm = None, None
+        self._seed, self._chunks = seed, 0
+
+    def act(self) -> Any:
+        """The first action of a new plan, in the world's action space.
+
+        Raises:
+            InputError: before `reset`; and as `Planner.plan`.
+        """
+        self.last_plan = self.planner.plan(
+            self.world, self._session(), self.objective, self._draw(), self._warm
+        )
+        return (
+            self.last_plan.actions[0].copy() if self.last_plan.actions.ndim > 1 else self.last_plan.actions[0]
+        )
+
+    def observe(self, frames: np.ndarray, action: Any) -> None:
+        """What really happened: a chunk (F, height, width, 3) uint8, and the action that caused it.
+
+        Raises:
+            InputError: before `reset`, or another shape, dtype or range.
+        """
+        self.state, _ = self.world.observe(
+            self._session(), np.asarray(frames)[None], np.asarray(action)[None]
+        )
+        self._warm = None if self.last_plan is None else self.last_plan.warm
+        self._chunks += 1
+
+    def _session(self) -> WorldState:
+        if self.state is None:
+            raise InputError("the agent has seen nothing yet; call reset(frames) first")
+        return self.state
+
+    def _draw(self) -> int:
+        """The search's seed at this chunk."""
+        return int(np.random.SeedSequence((self._seed, self._chunks)).generate_state(1)[0])

@@ -1,0 +1,253 @@
+"""What a plan is worth: objectives that are added up over its chunks, `PredictedReward() + TerminationPenalty(50.0)`.
+
+Axis letters: N branches, T chunks of a clip, F pixel frames of a chunk, C latent channels; h, w latent grid.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldmodel import Chunk, InputError, WorldModel, WorldState
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Chunk ``step`` (from 0) of N imagined branches, as objectives see it.
+
+    before, after: the N sessions around the chunk. actions: (N, ...), what caused it. survival: (N,) float64, the
+    probability that no chunk before it ended the episode.
+    """
+
+    world: WorldModel
+    before: WorldState
+    after: WorldState
+    chunk: Chunk
+    actions: np.ndarray
+    survival: Tensor
+    step: int
+    horizon: int
+
+    @property
+    def last(self) -> bool:
+        """The plan ends with this chunk."""
+        return self.step == self.horizon - 1
+
+
+class Objective(ABC):
+    """What a chunk adds to its plan's return; ``+`` adds objectives."""
+
+    @abstractmethod
+    def value(self, moment: Moment) -> Tensor:
+        """(N,) what the moment adds to the returns of the N branches."""
+
+    @property
+    def name(self) -> str:
+        """What error messages call it."""
+        return type(self).__name__
+
+    def __add__(self, other: Objective) -> Objective:
+        """Both, added up."""
+        return Total((*_parts(self), *_parts(other)))
+
+
+def _parts(objective: Objective) -> tuple[Objective, ...]:
+    return objective.parts if isinstance(objective, Total) else (objective,)
+
+
+@dataclass(frozen=True)
+class Total(Objective):
+    """The sum of objectives; each one's values are checked."""
+
+    parts: tuple[Objective, ...]
+
+    def value(self, moment: Moment) -> Tensor:
+        """The sum of the parts.
+
+        Raises:
+            InputError: a part returned a value that is not finite, or another shape than (N,).
+        """
+        total = torch.zeros(moment.after.rows, dtype=torch.float64)
+        for part in self.parts:
+            total = total + _checked(part.value(moment), part.name, moment)
+        return total
+
+
+def _checked(value: Any, name: str, moment: Moment) -> Tensor:
+    rows = moment.after.rows
+    try:
+        values = torch.as_tensor(value, dtype=torch.float64).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{name} at step {moment.step} returned {type(value).__name__}, expected ({rows},)"
+        ) from error
+    if tuple(values.shape) != (rows,):
+        raise InputError(
+            f"{name} at step {moment.step} returned shape {tuple(values.shape)}, expected ({rows},)"
+        )
+    bad = torch.nonzero(~torch.isfinite(values))
+    if len(bad):
+        row = int(bad[0])
+        raise InputError(
+            f"{name} returned {float(values[row])} at step {moment.step} of {moment.horizon} (branch {row}, action "
+            f"{' '.join(str(moment.actions[row]).split())}); return finite numbers"
+        )
+    return values
+
+
+def judge(objective: Objective, moment: Moment) -> Tensor:
+    """(N,) float64 on the CPU: what an objective gives the moment, checked.
+
+    Raises:
+        InputError: a value that is not finite, or another shape than (N,); it names the objective and the step.
+    """
+    return Total(_parts(objective)).value(moment)
+
+
+@dataclass(frozen=True)
+class PredictedReward(Objective):
+    """The world's predicted reward, times ``discount ** step`` and the probability that the episode still runs."""
+
+    discount: float = 1.0
+
+    def value(self, moment: Moment) -> Tensor:
+        """See the class."""
+        return self.discount**moment.step * moment.survival * moment.chunk.reward.cpu().double()
+
+
+@dataclass(frozen=True)
+class TerminationPenalty(Objective):
+    """Minus ``penalty`` times the probability that the episode ends with this chunk."""
+
+    penalty: float
+
+    def value(self, moment: Moment) -> Tensor:
+        """See the class."""
+        return -self.penalty * moment.survival * moment.chunk.termination.cpu().double()
+
+
+@dataclass(frozen=True)
+class LatentDistance(Objective):
+    """Minus ``weight`` times the mean squared distance of the latent from a goal (C, h, w).
+
+    Of every chunk, or of the plan's last one alone with ``only_last``.
+    """
+
+    goal: Tensor = field(repr=False)
+    weight: float = 1.0
+    only_last: bool = False
+
+    @classmethod
+    def to_picture(
+        cls, world: WorldModel, picture: np.ndarray, weight: float = 1.0, only_last: bool = False
+    ) -> LatentDistance:
+        """The goal is a still picture (height, width, 3) uint8, encoded by the world's codec as a chunk of it.
+
+        Raises:
+            InputError: another shape or dtype.
+        """
+        expected = (*world.spec.frame_size, 3)
+        pixels = np.asarray(picture)
+        if pixels.dtype != np.uint8 or pixels.shape != expected:
+            raise InputError(f"the goal picture is {pixels.dtype} {pixels.shape}, expected uint8 {expected}")
+        clip = torch.from_numpy(np.stack([pixels] * world.chunk_frames))[None].to(world.device)
+        with torch.no_grad():
+            latents, _ = world.codec.encode(clip, world.codec.initial_state(1))
+        return cls(latents[0, 0], weight, only_last)
+
+    def value(self, moment: Moment) -> Tensor:
+        """See the class."""
+        if self.only_last and not moment.last:
+            return torch.zeros(moment.after.rows)
+        distance = (moment.chunk.latent - self.goal.to(moment.chunk.latent)).square().mean((1, 2, 3))
+        return -self.weight * distance
+
+
+@dataclass(frozen=True)
+class SurprisePenalty(Objective):
+    """Minus ``weight * max(0, surprise - limit)``: a plan is to stay where the world knows what it says.
+
+    Surprise is in nats a chunk, of the imagined frames *encoded again* and scored as if they had been observed. (The
+    world's log-density of its own samples would, in expectation, only punish entropy.) Costs one more pass a chunk.
+    """
+
+    weight: float
+    limit: float
+
+    @classmethod
+    def calibrated(
+        cls,
+        world: WorldModel,
+        weight: float,
+        quantile: float = 0.95,
+        clips: tuple[np.ndarray, Any] | None = None,
+        seed: int = 0,
+    ) -> SurprisePenalty:
+        """The limit is a quantile of the surprise of real chunks given their real past.
+
+        ``clips``: frames (B, T, F, height, width, 3) uint8 and actions (B, T, ...), T > 1; by default the world's bank.
+
+        Raises:
+            InputError: clips of one chunk, or a quantile outside (0, 1).
+        """
+        if clips is None:
+            frames = world.starts["frames"]
+            clips = frames, world.start_actions(np.arange(len(frames)))
+        frames, actions = clips
+        if not 0 < quantile < 1 or frames.shape[1] < 2:
+            raise InputError(
+                f"quantile is {quantile} of clips of {frames.shape[1]} chunks; expected (0, 1) and 2 or more"
+            )
+        state = world.initial_state([seed + row for row in range(len(frames))])
+        _, chunks = world.observe_clip(state, frames, actions)
+        return cls(weight, float(np.quantile([-c.log_prob.numpy() for c in chunks[1:]], quantile)))
+
+    def value(self, moment: Moment) -> Tensor:
+        """See the class."""
+        score = moment.world.score(moment.before, moment.chunk.frames, moment.actions)
+        return -self.weight * (score.rate - self.limit).clamp_min(0.0)
+
+
+@dataclass(frozen=True)
+class Custom(Objective):
+    """A function of the moment that returns (N,) numbers; with ``only_last`` a terminal value, asked once at the end."""
+
+    function: Callable[[Moment], Any]
+    only_last: bool = False
+
+    @property
+    def name(self) -> str:
+        """The function's own name."""
+        return str(getattr(self.function, "__name__", "the objective"))
+
+    def value(self, moment: Moment) -> Tensor:
+        """See the class."""
+        if self.only_last and not moment.last:
+            return torch.zeros(moment.after.rows)
+        return self.function(moment)  # checked where the parts are added up
+
+
+def survival_after(survival: Tensor, chunk: Chunk) -> Tensor:
+    """(N,) float64: the probability that the episode runs on behind the chunk."""
+    return survival * (1.0 - chunk.termination.cpu().double())
+
+
+def as_objective(objective: Objective | Callable[[Moment], Any]) -> Objective:
+    """An objective as it is; a plain function as `Custom`.
+
+    Raises:
+        InputError: neither.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    if not callable(objective):
+        raise InputError(
+            f"the objective is {type(objective).__name__}, expected an Objective or a function of a Moment"
+        )
+    return Custom(objective)

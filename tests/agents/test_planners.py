@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from agents import LatentDistance, Moment, MPCAgent, Planner, Search, draw_plan, imagine
+from agents.memory import branch_bytes
+from worldmodel import InputError, Sampling, WorldModel
+
+SMALL = Search(candidates=12, iterations=2, horizon=3, elites=4)
+TARGET = torch.tensor([1.0, -1.5, 0.5])
+
+
+def to_target(moment: Moment) -> torch.Tensor:
+    return -(torch.from_numpy(moment.actions)[:, 0] - TARGET[moment.step]).square()
+
+
+def test_finds_a_known_optimum(world: WorldModel) -> None:
+    state, _ = world.reset([0])
+    search = Search(method="cem", candidates=40, iterations=8, horizon=3, elites=6)
+    plan = Planner(search).plan(world, state, to_target)
+    assert np.abs(plan.actions[:, 0] - TARGET.numpy()).max() < 0.2
+    assert plan.value == pytest.approx(float(to_sum(plan.actions)), abs=1e-5)
+    assert plan.futures.returns[0] == plan.value
+
+
+def to_sum(actions: np.ndarray) -> float:
+    return -float(np.square(actions[:, 0] - TARGET.numpy()).sum())
+
+
+def test_reaches_a_goal_by_choices(discrete: WorldModel) -> None:
+    """With all noise off the world is deterministic: the choices that made the goal are the best ones."""
+    still = Sampling(temperature=0.0)
+    state, _ = discrete.reset([0])
+    truth = np.array([[2, 3]])
+    goal = discrete.rollout(state, truth, still)[1][-1].latent[0]
+    search = Search(method="cem", candidates=24, iterations=3, horizon=2, elites=4)
+    plan = Planner(search, still).plan(discrete, state, LatentDistance(goal, only_last=True))
+    np.testing.assert_array_equal(plan.actions, truth[0])
+    assert plan.value == pytest.approx(0.0, abs=1e-6)
+    assert (plan.returns <= 0).all()
+
+
+def test_branches_are_forks_of_the_state(world: WorldModel) -> None:
+    """The futures of a plan are what `WorldModel.rollout` imagines in forks; the state is left alone."""
+    state, _ = world.reset([0])
+    actions = np.random.default_rng(0).uniform(-2, 2, (3, 2, 1)).astype(np.float32)
+    futures = imagine(world, state, actions, lambda m: m.chunk.reward)
+    _, chunks = world.rollout(state.fork(3), actions)
+    for t, chunk in enumerate(chunks):
+        np.testing.assert_array_equal(futures.frames[:, t], chunk.frames.numpy())
+        np.testing.assert_array_equal(futures.log_prob[:, t], chunk.log_prob.numpy())
+    np.testing.assert_allclose(futures.returns, sum(c.reward.double() for c in chunks), rtol=1e-6)
+    best = futures.best(2)
+    assert best.returns.tolist() == sorted(futures.returns, reverse=True)[:2]
+
+
+def test_the_same_seed_gives_the_same_plan(world: WorldModel) -> None:
+    state, _ = world.reset([0])
+    a, b, c = (Planner(SMALL).plan(world, state, seed=s) for s in (1, 1, 2))
+    np.testing.assert_array_equal(a.actions, b.actions)
+    np.testing.assert_array_equal(a.returns, b.returns)
+    np.testing.assert_array_equal(a.futures.frames, b.futures.frames)
+    assert not np.array_equal(a.actions, c.actions)
+
+
+def test_the_best_futures_of_all_iterations_are_kept(world: WorldModel) -> None:
+    state, _ = world.reset([0])
+    plan = Planner(replace(SMALL, method="shooting", iterations=3)).plan(world, state, to_target)
+    assert plan.value == plan.futures.returns[0]
+    np.testing.assert_array_equal(plan.actions, plan.futures.actions[0])
+    assert (np.diff(plan.futures.returns) <= 0).all()
+    assert plan.futures.frames.shape == (4, 3, 4, 32, 32, 3)
+    assert plan.returns.max() <= plan.value
+
+
+def test_too_many_branches_say_how_many_fit(world: WorldModel) -> None:
+    state, _ = world.reset([0])
+    planner = Planner(SMALL, memory=5 * branch_bytes(world, SMALL.horizon) + 1)
+    with pytest.raises(InputError, match=r"^12 branches .* 5 fit; ask for fewer candidates$"):
+        planner.plan(world, state)
+    enough = replace(planner, search=replace(SMALL, candidates=5))
+    assert len(enough.plan(world, state).returns) == 5
+
+
+def test_what_cannot_be_planned(world: WorldModel) -> None:
+    state, _ = world.reset([0, 1])
+    with pytest.raises(InputError, match="holds 2 sessions"):
+        Planner(SMALL).plan(world, state)
+    plan = Planner(SMALL).plan(world, state.select([1]))
+    with pytest.raises(InputError, match="warm start has 3 chunks, expected 4"):
+        Planner(replace(SMALL, horizon=4)).plan(world, state.select([1]), warm=plan.warm)
+    with pytest.raises(InputError, match="choose from"):
+        Planner.preset("slow")
+    with pytest.raises(InputError, match="not a field of Search"):
+        Planner.preset("fast", branches=3)
+    assert Planner.preset("quality", horizon=3).search == Search(
+        candidates=64, iterations=3, elites=8, horizon=3
+    )
+
+
+def test_a_plan_can_be_drawn(world: WorldModel) -> None:
+    state, _ = world.reset([0])
+    plan = Planner(SMALL).plan(world, state)
+    sheet = draw_plan(plan, scale=2)
+    assert sheet.dtype == np.uint8
+    assert sheet.shape == (16 + 4 * (16 + 64 + 16), 3 * (64 + 4), 3)
+    cell = sheet[32 : 32 + 64, : 2 * 32]
+    np.testing.assert_array_equal(cell[::2, ::2], plan.futures.frames[0, 0, -1])
+
+
+def test_the_agent_observes_reality(world: WorldModel) -> None:
+    """Its state is the one that observing by hand gives, whatever it imagined in between."""
+    frames = world.starts["frames"]
+    agent = MPCAgent(world, Planner(SMALL), to_target)
+    agent.reset(frames[0, 0, 0], seed=4)
+    still = np.stack([frames[0, 0, 0]] * 4)
+    state, _ = world.observe(world.initial_state([4]), still[None])
+    for clip in frames[1:3, 0]:
+        action = agent.act()
+        assert world.spec.action_space.contains(action)
+        agent.observe(clip, action)
+        state, _ = world.observe(state, clip[None], action[None])
+    assert agent.state is not None
+    torch.testing.assert_close(agent.state.log_prob, state.log_prob, rtol=0, atol=0)
+    torch.testing.assert_close(agent.state.latent, state.latent, rtol=0, atol=0)
+
+
+def test_the_agent_begins_with_the_last_plan(world: WorldModel) -> None:
+    """The first candidate of a plan is the mean of the plan before, one chunk on; none after a reset."""
+    firsts: list[float] = []
+
+    def watch(moment: Moment) -> torch.Tensor:
+        if moment.step == 0:
+            firsts.append(float(moment.actions[0, 0]))
+        return to_target(moment)
+
+    agent = MPCAgent(world, Planner(replace(SMALL, iterations=1)), watch)
+    clip = world.starts["frames"][0, 0]
+    agent.reset(clip)
+    action = agent.act()
+    assert agent.last_plan is not None
+    shifted = agent.last_plan.actions[1, 0]
+    assert agent.act() == action  # nothing has happened: the same plan
+    agent.observe(clip, action)
+    agent.act()
+    agent.reset(clip)
+    assert agent.act() == action
+    np.testing.assert_allclose(firsts, [0.0, 0.0, shifted, 0.0], atol=1e-6)
+
+
+def test_the_agent_chooses(discrete: WorldModel) -> None:
+    agent = MPCAgent(discrete, Planner(SMALL), lambda m: -np.abs(m.actions - 3.0))
+    with pytest.raises(InputError, match="call reset"):
+        agent.act()
+    clip = discrete.starts["frames"][0, 0]
+    agent.reset(clip)
+    for _ in range(2):
+        action = agent.act()
+        assert discrete.spec.action_space.contains(action)
+        agent.observe(clip, action)
+    assert action == 3
