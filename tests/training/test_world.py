@@ -24,7 +24,7 @@ from worldmodel.training.export import train_world
 from worldmodel.training.flow import FlowStage, FlowTraining, HeadsTraining, Latents
 from worldmodel.training.loop import LoopConfig
 from worldmodel.training.measure import EvaluateConfig, interval, psnr, r_squared, ssim
-from worldmodel.training.probes import pendulum_angle, pendulum_true_angle, wrap
+from worldmodel.training.probes import pendulum_angle, pendulum_perturbed, pendulum_true_angle, wrap
 from worldmodel.training.recipes import RECIPES, Recipe, load_recipe
 from worldmodel.world import WorldModel
 
@@ -223,6 +223,16 @@ def test_pendulum_probe_reads_the_simulator_to_a_third_of_a_degree(tmp_path: Pat
     error = np.degrees(wrap(pendulum_angle(episode.frames) - pendulum_true_angle(episode.observations)))
     assert np.abs(error).max() < 0.35
     assert np.isnan(pendulum_angle(np.full((64, 64, 3), 255, dtype=np.uint8)))
+
+
+def test_perturbed_simulator_is_the_simulator_where_nothing_is_unstable(tmp_path: Path) -> None:
+    config = CollectConfig(env="Pendulum-v1", episodes=1, chunks=4, hide=("last_u",), workers=1)
+    collect(config, tmp_path)
+    episode = EpisodeDataset.open(tmp_path).episode(0)
+    seen = episode.observations[1:].reshape(4, 4, 3)[:, -1]
+    angles = pendulum_perturbed(seen[:1], episode.actions[None, 1:], 4)
+    error = np.degrees(np.abs(wrap(angles[0] - pendulum_true_angle(seen[1:]))))
+    assert 0.0 < error[0] < 3.0
 
 
 def test_picture_metrics_and_intervals() -> None:

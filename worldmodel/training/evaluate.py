@@ -142,17 +142,17 @@ def summary(numbers: dict[str, Any]) -> str:
     )
     lines.append(f"codec: {ways['codec_only']['psnr_of_mean_error']:.2f} dB")
     for metric in ("angle_error_degrees", "psnr", "ssim"):
-        for name in ("open_loop", "teacher_forced", "repeat_last_chunk"):
-            values = ways[name].get(metric)
+        for name in ("open_loop", "teacher_forced", "repeat_last_chunk", "perturbed_simulator"):
+            values = ways.get(name, {}).get(metric)
             if values:
                 chosen = [h for h in (1, 2, 5, 8, 12, 16) if h <= len(values)]
                 lines.append(
-                    f"{metric:20s} {name:18s} " + "  ".join(f"@{h} {shown(values[h - 1])}" for h in chosen)
+                    f"{metric:20s} {name:19s} " + "  ".join(f"@{h} {shown(values[h - 1])}" for h in chosen)
                 )
     for policy, values in ways["open_loop"].get("angle_error_degrees_by_policy", {}).items():
         chosen = [h for h in (1, 2, 5, 8, 12, 16) if h <= len(values)]
         shown_values = "  ".join(f"@{h} {shown(values[h - 1])}" for h in chosen)
-        lines.append(f"{'  open loop, policy':20s} {policy:18s} {shown_values} (n {values[0]['n']})")
+        lines.append(f"{'  open loop, policy':20s} {policy:19s} {shown_values} (n {values[0]['n']})")
     if "endurance" in numbers:
         e = numbers["endurance"]
         lines.append(

@@ -17,7 +17,13 @@ import torch
 from gymnasium import spaces
 from tqdm import tqdm
 
-from worldmodel.training.probes import PROBES, wrap
+from worldmodel.training.probes import (
+    PERTURBATION,
+    PROBES,
+    pendulum_perturbed,
+    pendulum_true_angle,
+    wrap,
+)
 from worldmodel.world import WorldModel
 
 
@@ -228,6 +234,16 @@ def pictures(world: WorldModel, clips: Clips, config: EvaluateConfig, report: Re
                 str(p): by_horizon(error[clips.policies == p], np.median, config)
                 for p in np.unique(clips.policies)
             }
+    if world.spec.environment.get("env") == "Pendulum-v1":
+        before, actions = clips.observations[:, c - 1, -1], clips.actions[:, c : c + horizon]
+        floor = pendulum_perturbed(before, actions, world.chunk_frames, config.seed)
+        error = np.degrees(
+            np.abs(wrap(floor - pendulum_true_angle(clips.observations[:, c : c + horizon, -1])))
+        )
+        numbers["perturbed_simulator"] = {
+            "perturbation_degrees_and_radians_per_second": list(PERTURBATION),
+            "angle_error_degrees": by_horizon(error, np.median, config),
+        }
     total = np.square(ways["codec_only"].astype(np.float32) - real).mean()
     numbers["codec_only"]["psnr_of_mean_error"] = float(10 * np.log10(255.0**2 / total))
     numbers["open_loop"]["reward"] = r_squared(rewards, clips.rewards[:, c : c + horizon], config)

@@ -17,6 +17,7 @@ STYLE = {
     "teacher_forced": ("teacher-forced", "C0"),
     "codec_only": ("codec only", "C2"),
     "repeat_last_chunk": ("repeat last chunk", "0.5"),
+    "perturbed_simulator": ("exact simulator, start slightly off", "C4"),
 }
 
 
@@ -55,12 +56,13 @@ def plot_report(report: Report, folder: Path) -> None:
         ("angle_error_degrees", axes[0, 2], "median error of the angle (degrees)"),
     ):
         for name, (label, colour) in STYLE.items():
-            if metric in ways[name]:
+            if metric in ways.get(name, {}):
                 _curve(axis, ways[name][metric], label, colour)
         axis.set(xlabel="chunks after the real context", title=title)
         axis.grid(alpha=0.3)
     if axes[0, 2].lines:
         axes[0, 2].set_yscale("log")
+        axes[0, 2].legend(fontsize=8)
     axes[0, 0].legend()
     names = {"true": "true action", "none": "no action", "wrong": "wrong action"}
     for axis, key, title in (
