@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worldmodel.noise import OBSERVE, SAMPLE, SCORE, child_branch, normal
+from worldmodel.errors import InputError
+from worldmodel.noise import OBSERVE, SAMPLE, SCORE, child_branch, normal, seed_tensor
 
 SHAPE = (3, 4, 4)
 FROZEN = [
@@ -85,3 +87,10 @@ def test_children_of_forks() -> None:
     ]
     assert len(set(made)) == len(made) == 20 * 19 * 20
     assert all(0 <= b < 2**63 for b in made)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 63])
+def test_seeds_out_of_range_are_one_line(seed: int) -> None:
+    with pytest.raises(InputError, match="out of range"):
+        seed_tensor([0, seed])
+    assert seed_tensor([0, (1 << 63) - 1]).tolist() == [0, (1 << 63) - 1]

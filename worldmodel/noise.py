@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from worldmodel.errors import InputError
 
 SAMPLE, OBSERVE, SCORE = 0, 1, 2
 """Streams: noise of an imagined chunk, noise added to a real one, noise of extra scoring draws."""
 
 _MASK = (1 << 64) - 1
+
+
+def seed_tensor(seeds: Sequence[int]) -> Tensor:
+    """Seeds (B,) int64 of sessions.
+
+    Raises:
+        InputError: one that is no integer in [0, 2^63).
+    """
+    values = [int(s) for s in seeds]
+    bad = [s for s in values if not 0 <= s < 1 << 63]
+    if bad:
+        raise InputError(f"seed {bad[0]} is out of range; expected an integer in [0, 2^63)")
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def child_branch(branch: int, forks: int, child: int) -> int:

@@ -15,7 +15,7 @@ from worldmodel.errors import CheckpointError
 from worldmodel.files import load_metadata, load_tensors, save_tensors
 from worldmodel.flow.cache import Cohort, KVCache, Page, Segment
 from worldmodel.flow.deep import Context, repeat_rows
-from worldmodel.noise import child_branch
+from worldmodel.noise import child_branch, seed_tensor
 
 STATE_FORMAT = 1
 
@@ -133,7 +133,7 @@ class WorldState:
 
     def reseed(self, seeds: Sequence[int]) -> WorldState:
         """The same sessions with other noise from here on; ``seeds`` (B,)."""
-        new = torch.tensor([int(s) for s in seeds], dtype=torch.int64)
+        new = seed_tensor(seeds)
         zero = torch.zeros_like(new)
         return replace(self, seeds=new, branches=zero, forks=zero)
 

@@ -28,7 +28,7 @@ from worldmodel.flow.affine import standard_normal_log_prob
 from worldmodel.flow.deep import Context
 from worldmodel.flow.flow import Flow
 from worldmodel.heads import Heads
-from worldmodel.noise import OBSERVE, SAMPLE, SCORE, normal
+from worldmodel.noise import OBSERVE, SAMPLE, SCORE, normal, seed_tensor
 from worldmodel.sampling import Sampling
 from worldmodel.state import WorldState
 
@@ -154,7 +154,7 @@ class WorldModel:
             torch.zeros(rows, reach, tokens, dim, device=self.device),
             torch.zeros(rows, *self.latent_shape, device=self.device),
             codec,
-            torch.tensor([int(s) for s in seeds], dtype=torch.int64),
+            seed_tensor(seeds),
             zero,
             zero.clone(),
             zero.clone(),
@@ -173,7 +173,7 @@ class WorldModel:
         """
         bank = self.starts["frames"]
         if starts is None:
-            starts = [int(np.random.default_rng(int(s)).integers(len(bank))) for s in seeds]
+            starts = [int(np.random.default_rng(int(s)).integers(len(bank))) for s in seed_tensor(seeds)]
         if len(starts) != len(seeds) or any(not 0 <= int(i) < len(bank) for i in starts):
             raise InputError(
                 f"starts {list(starts)}: expected {len(seeds)} indices into a bank of {len(bank)}"
