@@ -73,7 +73,7 @@ def small_recipe(steps: int = 3) -> Recipe:
             batch=8,
             threads=1,
         ),
-        flow=FlowTraining(FLOW, loop, batch=4, length=5, threads=1),
+        flow=FlowTraining(FLOW, loop, batch=4, length=5, threads=1, compiled=False),
         heads=HeadsTraining(loop, width=16, batch=16),
         starts=3,
         start_chunks=2,
@@ -156,7 +156,7 @@ def test_flow_training_lowers_the_loss_and_depends_on_the_action() -> None:
         torch.zeros(240, dtype=torch.bool),
         np.full(40, 6),
     )
-    stage = FlowStage(FlowTraining(FLOW, batch=16, length=6, bf16=False, threads=1), data)
+    stage = FlowStage(FlowTraining(FLOW, batch=16, length=6, bf16=False, threads=1, compiled=False), data)
     optimizer = torch.optim.AdamW(stage.module.parameters(), 3e-3)
     losses = []
     for step in range(60):
@@ -178,20 +178,40 @@ def test_denoiser_target_is_the_score_of_the_flow() -> None:
         torch.zeros(30, dtype=torch.bool),
         np.full(5, 6),
     )
-    stage = FlowStage(FlowTraining(FLOW, batch=3, length=5, bf16=False, threads=1), data)
+    stage = FlowStage(FlowTraining(FLOW, batch=3, length=5, bf16=False, threads=1, compiled=False), data)
     seen: dict[str, torch.Tensor] = {}
-    score = stage.flow.denoiser.score
+    score = stage.score
 
     def spy(noisy: torch.Tensor, *rest: object) -> torch.Tensor:
         seen["noisy"] = noisy
         seen["score"] = score(noisy, *rest)
         return seen["score"]
 
-    stage.flow.denoiser.score = spy  # type: ignore[method-assign]
+    stage.score = spy
     metrics = stage.backward(np.random.default_rng(0), torch.Generator().manual_seed(0), 0.0)
     target = seen["noisy"] * FLOW.noise_std**2 / 0.3
     expected = (seen["score"] - target).square().mean() * (0.3 / FLOW.noise_std) ** 2
     assert float(metrics["score"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_compiled_training_step_is_the_eager_one() -> None:
+    rng = np.random.default_rng(0)
+    data = Latents(
+        torch.from_numpy(rng.normal(size=(30, 4, 2, 2)).astype(np.float32)),
+        torch.from_numpy(rng.uniform(-1, 1, (30, 1)).astype(np.float32)),
+        torch.zeros(30),
+        torch.zeros(30, dtype=torch.bool),
+        np.full(5, 6),
+    )
+    metrics, gradients = [], []
+    for compiled in (False, True):
+        config = FlowTraining(FLOW, batch=3, length=5, bf16=False, threads=1, compiled=compiled)
+        stage = FlowStage(config, data)
+        metrics.append(stage.backward(np.random.default_rng(0), torch.Generator().manual_seed(0), 0.0))
+        gradients.append({n: p.grad for n, p in stage.module.named_parameters() if p.grad is not None})
+    assert float(metrics[0]["loss"]) == pytest.approx(float(metrics[1]["loss"]), rel=1e-5)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_noise_falls_from_its_start_to_the_models_own() -> None:

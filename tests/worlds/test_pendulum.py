@@ -15,7 +15,6 @@ from gymnasium.utils.env_checker import check_env
 import envs
 from worldmodel.checkpoint import find_world
 from worldmodel.files import config_from_dict
-from worldmodel.sampling import Sampling
 from worldmodel.training.collect import CollectConfig, collect
 from worldmodel.training.episodes import EpisodeDataset
 from worldmodel.training.evaluate import held_out_clips
@@ -75,8 +74,8 @@ def test_context_policies_and_tolerance_agree_where_they_must(world: WorldModel)
     frames = {}
     for name, sampling in (
         ("default", world.spec.sampling),
-        ("rolling", Sampling(context="rolling")),
-        ("exact", Sampling(tolerance=0.0)),
+        ("rolling", replace(world.spec.sampling, context="rolling")),
+        ("exact", replace(world.spec.sampling, tolerance=0.0)),
     ):
         walked = state
         for _ in range(8):  # within the window: both policies are the same model
@@ -94,19 +93,26 @@ def test_is_a_gymnasium_environment(tmp_path: Path) -> None:
     assert envs.env_id("pendulum") == "worldmodel/Pendulum-v0"
 
 
+def same(a: np.ndarray, b: np.ndarray) -> None:
+    """Equal frames, but for rounding: latents of another batch shape differ by 1e-5, so a value on a tie may flip."""
+    difference = np.abs(a.astype(int) - b)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+
+
 def test_native_batch_equals_single_environments(world: WorldModel) -> None:
     batch = envs.WorldModelVectorEnv(world, 3, max_chunks=4)
     singles = [envs.WorldModelEnv(world, max_chunks=4) for _ in range(3)]
     observation, _ = batch.reset(seed=5)
     first = [env.reset(seed=5 + i)[0] for i, env in enumerate(singles)]
-    assert np.array_equal(observation, np.stack(first))
+    same(observation, np.stack(first))
     rng = np.random.default_rng(0)
     for _ in range(4):
         actions = rng.uniform(-2, 2, (3, 1)).astype(np.float32)
         observation, _, _, _, info = batch.step(actions)
         for i, env in enumerate(singles):
             alone, _, _, _, own = env.step(actions[i])
-            assert np.array_equal(observation[i], alone)
+            same(observation[i], alone)
             assert info["log_prob"][i] == pytest.approx(
                 own["log_prob"], abs=1e-4 * abs(own["log_prob"]) + 1e-4
             )
