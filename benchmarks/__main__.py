@@ -59,9 +59,12 @@ def main() -> None:
     parser.add_argument("--world", default="pendulum", help="a shipped world or a world directory")
     parser.add_argument("--steps", type=int, default=60, help="steps timed at each batch size")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64], help="batch sizes")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="torch threads; one is fastest for small batches"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    torch.set_num_threads(options.threads)
     world = WorldModel.load(options.world)
     sampling = world.spec.sampling
     rows = [steps(world, b, options.steps, sampling) for b in options.batches]

@@ -53,7 +53,7 @@ def small_flow(latent_channels: int, patch_size: int = 2) -> FlowConfig:
 
 
 def pendulum() -> Recipe:
-    """Pendulum-v1 at 64 x 64 without its torque arrow; about 1.5 hours on 2 CPU cores."""
+    """Pendulum-v1 at 64 x 64 without its torque arrow; about 80 minutes on 2 CPU cores."""
     codec = pendulum_codec()
     return Recipe(
         name="pendulum",
