@@ -51,7 +51,7 @@ class WorldSpec:
     """What ``world.json`` says, less the weights.
 
     frame_size: (height, width) pixels. fps: pixel frames a second. environment: id and arguments of the real
-    environment it was learned from. reward_range, terminates: what the heads were fitted on. provenance: how it was
+    environment it was learned from, and how episodes were collected. provenance: how it was
     made. quality: measured on held-out episodes.
     """
 

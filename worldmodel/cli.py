@@ -247,8 +247,11 @@ def main() -> NoReturn:
     """Entry point: every error of ours is one line; Ctrl-C is quiet."""
     from worldmodel.errors import WorldModelError
 
+    code: object = 0
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer turns Ctrl-C into the exit status 130 that it returns
+        if code == 130:
+            raise KeyboardInterrupt
     except WorldModelError as error:
         print(f"worldmodel: {error}", file=sys.stderr)
         sys.exit(1)
@@ -263,4 +266,4 @@ def main() -> NoReturn:
             raise
         show()
         sys.exit(getattr(error, "exit_code", 2))
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
