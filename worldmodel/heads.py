@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from worldmodel.files import require_at_least
+from worldmodel.invariance import MATRIX_ROWS, with_rows
 
 
 @dataclass(frozen=True)
@@ -61,5 +62,5 @@ class Heads(nn.Module):
 
     def forward(self, previous: Tensor, latent: Tensor, packed: Tensor) -> Outcome:
         """See `raw`; in the units of the environment's reward, and as a probability."""
-        reward, logit = self.raw(previous, latent, packed).float().unbind(1)
+        reward, logit = with_rows(MATRIX_ROWS, self.raw, previous, latent, packed).float().unbind(1)
         return Outcome(reward * self.reward_std + self.reward_mean, logit.sigmoid())

@@ -28,6 +28,7 @@ from worldmodel.flow.affine import standard_normal_log_prob
 from worldmodel.flow.deep import Context
 from worldmodel.flow.flow import Flow
 from worldmodel.heads import Heads
+from worldmodel.invariance import MATRIX_ROWS, with_rows
 from worldmodel.noise import OBSERVE, SAMPLE, SCORE, normal, seed_tensor
 from worldmodel.sampling import Sampling
 from worldmodel.state import WorldState
@@ -354,7 +355,7 @@ class WorldModel:
             return torch.zeros(rows, size, device=self.device), None
         packed = torch.from_numpy(pack_actions(self.spec.action_space, action, rows)).to(self.device)
         present = torch.ones(rows, dtype=torch.bool, device=self.device)
-        return packed, self.actions(packed, present)[:, None]
+        return packed, with_rows(MATRIX_ROWS, self.actions, packed, present)[:, None]
 
     def _encode(self, state: WorldState, frames: np.ndarray | Tensor) -> tuple[Tensor, Tensor, CodecState]:
         expected = (state.rows, *self.frames_shape)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from worldmodel.codec.base import CodecState
 from worldmodel.errors import CheckpointError, ConfigError, InputError
 from worldmodel.files import load_tensors, require_at_least, save_tensors
+from worldmodel.invariance import PICTURES, with_rows
 
 PIXEL_SCALE = 128.0
 
@@ -76,6 +77,24 @@ class ResidualBlock(nn.Module):
         return x + self.second(F.silu(self.first(F.silu(self.norm(x)))))
 
 
+class PointConv2d(nn.Conv2d):
+    """A 1x1 convolution as one matrix product over pixels, whose rows do not depend on how many there are.
+
+    Kernels for 1x1 convolutions split their sums by batch size, so that a picture's rounding would depend on its batch.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, h, w) to (B, outputs, h, w), channels last."""
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def _conv(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
+    return PointConv2d(inputs, outputs) if kernel == 1 else nn.Conv2d(inputs, outputs, kernel, padding=1)
+
+
 def _blocks(channels: int, count: int) -> list[nn.Module]:
     return [ResidualBlock(channels) for _ in range(count)]
 
@@ -85,8 +104,7 @@ def encoder(config: ConvCodecConfig) -> nn.Sequential:
     channels, size = 3 * config.frames, config.patch
     layers: list[nn.Module] = []
     for level, (width, blocks) in enumerate(zip(config.widths, config.encoder_blocks, strict=True)):
-        kernel = 1 if level else 3
-        layers += [nn.PixelUnshuffle(size), nn.Conv2d(channels * size**2, width, kernel, padding=kernel // 2)]
+        layers += [nn.PixelUnshuffle(size), _conv(channels * size**2, width, 1 if level else 3)]
         layers += _blocks(width, blocks)
         channels, size = width, 2
     return nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(channels, config.latent_channels, 3, padding=1))
@@ -98,8 +116,7 @@ def decoder(config: ConvCodecConfig) -> nn.Sequential:
     for level in reversed(range(len(config.widths))):
         layers += _blocks(config.widths[level], config.decoder_blocks[level])
         channels, size = (config.widths[level - 1], 2) if level else (3 * config.frames, config.patch)
-        kernel = 1 if level else 3
-        last = nn.Conv2d(config.widths[level], channels * size**2, kernel, padding=kernel // 2)
+        last = _conv(config.widths[level], channels * size**2, 1 if level else 3)
         layers += [*([] if level else [nn.SiLU()]), last, nn.PixelShuffle(size)]
     nn.init.normal_(last.weight, std=1e-3)
     nn.init.zeros_(last.get_parameter("bias"))
@@ -179,7 +196,8 @@ class ConvCodec(nn.Module):
             raise InputError(f"frames have dtype {frames.dtype}, expected uint8 RGB from 0 to 255")
         batch = len(frames)
         chunks = rearrange(frames, "B (T F) height width c -> (B T) F height width c", F=self.config.frames)
-        latents = (self.encoder(self.to_input(chunks)) - self.latent_mean) / self.latent_std
+        latents = with_rows(PICTURES, lambda x: self.encoder(self.to_input(x)), chunks)
+        latents = (latents - self.latent_mean) / self.latent_std
         return rearrange(latents.contiguous(), "(B T) C h w -> B T C h w", B=batch), state
 
     def decode(self, latents: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
@@ -197,7 +215,7 @@ class ConvCodec(nn.Module):
             )
         batch = len(latents)
         rows = rearrange(latents, "B T C h w -> (B T) C h w").contiguous(memory_format=torch.channels_last)
-        chunks = self.to_pixels(self.decoder(rows))
+        chunks = with_rows(PICTURES, lambda x: self.to_pixels(self.decoder(x)), rows)
         return rearrange(chunks, "(B T) F height width c -> B (T F) height width c", B=batch), state
 
 

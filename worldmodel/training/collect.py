@@ -85,6 +85,16 @@ def pendulum() -> CollectConfig:
     )
 
 
+def lunarlander() -> CollectConfig:
+    """The recipe of the shipped world: 900 episodes of LunarLander-v3."""
+    return CollectConfig(
+        env="LunarLander-v3",
+        episodes=900,
+        chunks=80,
+        policies=(PolicyShare("random_held", 1.0), PolicyShare("lunar_lander", 3.0)),
+    )
+
+
 def collect(config: CollectConfig, folder: Path) -> None:
     """Fill ``folder`` with episodes; those already there are kept, so an interrupted run continues.
 

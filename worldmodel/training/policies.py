@@ -60,10 +60,39 @@ def pendulum_swing(space: gymnasium.Space[Any], rng: np.random.Generator) -> Pol
     return act
 
 
+def lunar_lander(space: gymnasium.Space[Any], rng: np.random.Generator) -> Policy:
+    """LunarLander-v3: Gymnasium's own heuristic, with a share of random actions that varies by episode."""
+    from gymnasium.envs.box2d import lunar_lander as simulator
+
+    share = float(rng.choice([0.0, 0.05, 0.15, 0.3, 0.6]))
+    draw = random_held(space, rng)
+
+    def act(env: gymnasium.Env[Any, Any]) -> int:
+        world: Any = env.unwrapped
+        half_width = simulator.VIEWPORT_W / simulator.SCALE / 2
+        half_height = simulator.VIEWPORT_H / simulator.SCALE / 2
+        body, pad = world.lander, world.helipad_y + simulator.LEG_DOWN / simulator.SCALE
+        state = np.array(
+            [
+                body.position.x / half_width - 1,
+                (body.position.y - pad) / half_height,
+                body.linearVelocity.x * half_width / simulator.FPS,
+                body.linearVelocity.y * half_height / simulator.FPS,
+                body.angle,
+                20.0 * body.angularVelocity / simulator.FPS,
+                *(float(leg.ground_contact) for leg in world.legs),
+            ]
+        )
+        return int(draw(env) if rng.random() < share else simulator.heuristic(world, state))
+
+    return act
+
+
 POLICIES: dict[str, MakePolicy] = {
     "random": random,
     "random_held": random_held,
     "pendulum_swing": pendulum_swing,
+    "lunar_lander": lunar_lander,
 }
 
 

@@ -1,0 +1,27 @@
+"""Results that do not depend on the batch: rows for kernels that round differently when there are few.
+
+On CPUs a matrix product of at least 4 rows, and a convolution of at least 2 pictures, gives each row bit for bit what it
+gives in any larger batch; smaller ones take other kernels. So a session's frames never depend on who shares its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+MATRIX_ROWS = 4
+PICTURES = 2
+
+
+def with_rows(minimum: int, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """``function(*rows)`` of tensors with the same B rows first, computed on at least ``minimum`` of them.
+
+    The last row stands in for those that are missing; the result has B rows.
+    """
+    count = len(rows[0])
+    if count >= minimum:
+        return function(*rows)
+    index = torch.arange(minimum, device=rows[0].device).clamp(max=count - 1)
+    return function(*(x[index] for x in rows))[:count]
