@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from worldmodel.codec.base import CodecState
 from worldmodel.errors import ConfigError, InputError
-from worldmodel.files import require_at_least
+from worldmodel.files import config_from_dict, require_at_least
 
 OURS = {"height", "width", "later_scale", "decode_dtype", "kind"}
 """Fields of `WanCodecConfig` that are not arguments of `AutoencoderKLWan`."""
@@ -35,9 +35,10 @@ OURS = {"height", "width", "later_scale", "decode_dtype", "kind"}
 class WanCodecConfig:
     """`AutoencoderKLWan`'s own arguments under their own names, and what STARFlow-V adds.
 
-    height, width: pixels of a frame, multiples of the stride. base_dim, decoder_base_dim: channels of encoder and decoder. z_dim: C. dim_mult: one factor a level.
-    temperal_downsample: (as diffusers spells it) which of the halvings in space also halve time. latents_mean,
-    latents_std: (C,). patch_size: pixels of a cell's side at the finest level. later_scale: see the module's text.
+    height, width: pixels of a frame, multiples of the stride. base_dim, decoder_base_dim: channels of encoder and
+    decoder. z_dim: C. dim_mult: one factor a level. temperal_downsample: (as diffusers spells it) which of the halvings
+    in space also halve time. latents_mean, latents_std: (C,). patch_size: pixels of a cell's side at the finest level.
+    later_scale: see the module's text.
     decode_dtype: what the decoder computes in; the encoder always uses float32.
     """
 
@@ -124,8 +125,10 @@ class WanCodecConfig:
         names = {f.name for f in fields(cls)} - OURS
         if missing := sorted(names - set(config)):
             raise ConfigError(f"codec config lacks {', '.join(missing)}; is it Wan2.2's (48 channels)?")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
-        made = cls(height=frame_size[0], width=frame_size[1], **values)
+        values = {k: v for k, v in config.items() if k in names}
+        made = config_from_dict(
+            cls, {**values, "height": frame_size[0], "width": frame_size[1]}, "codec config"
+        )
         for name, value in made.arguments().items():
             if config.get(name, value) != value:
                 raise ConfigError(f"codec config: {name} is {config[name]!r}, expected {value!r} (Wan2.2)")
