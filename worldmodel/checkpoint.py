@@ -129,9 +129,12 @@ def empty_modules(spec: WorldSpec) -> dict[str, Any]:
         return modules if spec.heads is None else {**modules, "heads": Heads(spec.heads)}
 
 
-def _load_strict(
-    module: nn.Module, tensors: Mapping[str, Tensor], where: Path, device: torch.device | str
-) -> None:
+def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Check that tensors have the names and shapes of a module's state dict.
+
+    Raises:
+        CheckpointError: missing or unexpected keys, or wrong shapes.
+    """
     expected = module.state_dict()
     missing = sorted(set(expected) - set(tensors))
     extra = sorted(set(tensors) - set(expected))
@@ -146,7 +149,14 @@ def _load_strict(
         if keys
     ]
     if problems:
-        raise CheckpointError(f"{where}: does not fit world.json; " + "; ".join(problems))
+        raise CheckpointError(f"{where}: does not fit its configuration; " + "; ".join(problems))
+
+
+def _load_strict(
+    module: nn.Module, tensors: Mapping[str, Tensor], where: Path, device: torch.device | str
+) -> None:
+    check_fit(module, tensors, where)
+    expected = module.state_dict()
     ready = {k: v.to(device, expected[k].dtype) for k, v in tensors.items()}
     module.load_state_dict(ready, assign=True)
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldmodel.checkpoint import WorldFiles, WorldSpec, read_world
+from worldmodel.checkpoint import WorldFiles, WorldSpec, read_spec, read_world
 from worldmodel.codec.base import Codec, CodecState
 from worldmodel.condition.actions import ActionEncoder
 from worldmodel.condition.spaces import pack_actions
@@ -29,6 +29,8 @@ from worldmodel.flow.deep import Context
 from worldmodel.flow.flow import Flow
 from worldmodel.heads import Heads
 from worldmodel.noise import OBSERVE, SAMPLE, SCORE, normal, seed_tensor
+from worldmodel.plan import check_memory
+from worldmodel.published import obtain
 from worldmodel.sampling import Sampling
 from worldmodel.state import WorldState
 
@@ -104,12 +106,18 @@ class WorldModel:
 
     @classmethod
     def load(cls, name: str | Path, device: torch.device | str = "cpu") -> WorldModel:
-        """A world that ships with the package ("pendulum") or a world directory.
+        """A world that ships with the package ("pendulum"), a world directory, or a published model.
+
+        A published model is "apple/starflow-v", or a directory with its ``.pth``; it is converted once, see
+        `worldmodel.published`.
 
         Raises:
-            CheckpointError: no such world, or a corrupt or truncated one. ConfigError: an unknown or missing key.
+            CheckpointError: no such world, a corrupt or truncated one, weights that cannot be had, or too little memory.
+            ConfigError: an unknown or missing key.
         """
-        files: WorldFiles = read_world(name)
+        path = obtain(name)
+        check_memory(read_spec(path), device)
+        files: WorldFiles = read_world(path)
         flow, codec, actions, heads = files.build(device)
         return cls(files.spec, flow, codec, actions, heads, files.starts, files.fingerprint)
 
