@@ -92,10 +92,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = runner.invoke(app, ["info", "pendulum", "--plan"])
     assert text.exit_code == 0 and "a session" in text.output and "1.00 GB   free of 2.00 GB" in text.output
     data = json.loads(runner.invoke(app, ["info", "pendulum", "--plan", "--json"]).output)
-    assert (
-        data["devices"]["cpu"]["sessions"]
-        == (10**9 - sum(data["weights"].values()) - data["working"] - data["reencoding"]) // data["session"]
-    )
+    room = 10**9 - sum(data["weights"].values()) - data["working"] - data["reencoding"]
+    assert data["devices"]["cpu"]["sessions"] == room // data["session"]
     assert data["weights"].keys() == {"flow", "codec", "heads"}
 
 

@@ -21,10 +21,10 @@ from worldmodel import files, published
 from worldmodel import plan as planning
 from worldmodel.codec.wan import autoencoder
 from worldmodel.errors import CheckpointError, ConfigError, WorldModelError
-from worldmodel.files import read_tensors, save_shards
+from worldmodel.files import read_pth, read_tensors, save_shards
 from worldmodel.flow.flow import Flow
 from worldmodel.flow.published import map_published, published_model, read_published_yaml
-from worldmodel.published import RELEASES, obtain, read_pth
+from worldmodel.published import RELEASES, obtain
 from worldmodel.world import WorldModel
 
 pytest.importorskip("diffusers")

@@ -47,8 +47,9 @@ def info(
         return
     from worldmodel.checkpoint import read_world
     from worldmodel.files import config_to_dict
+    from worldmodel.published import obtain
 
-    files = read_world(world)
+    files = read_world(obtain(world))
     spec = files.spec
     if as_json:
         print(json.dumps(config_to_dict(spec), indent=2))
@@ -71,7 +72,10 @@ def info(
         ),
         ("parameters", ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in count.items())),
         ("size", f"{size / 1e6:.1f} MB on disk, fingerprint {files.fingerprint[:12]}"),
-        ("starts", f"{len(files.starts['frames'])} real clips"),
+        (
+            "starts",
+            f"{len(files.starts['frames'])} real clips" if files.starts else "none: begin with a picture",
+        ),
     ]
     rows += [
         (f"quality: {k}", ", ".join(f"{n} {x:.4g}" for n, x in v.items())) for k, v in spec.quality.items()

@@ -10,7 +10,6 @@ each weight straight onto the device.
 from __future__ import annotations
 
 import os
-import pickle
 import secrets
 import shutil
 import sys
@@ -30,6 +29,7 @@ from worldmodel.errors import CheckpointError
 from worldmodel.files import (
     config_to_dict,
     read_json,
+    read_pth,
     read_tensors,
     save_shards,
     save_tensors,
@@ -107,11 +107,15 @@ def obtain(name: str | Path) -> Path:
     """
     folder = Path(name)
     if str(name) in RELEASES and not folder.is_dir():
-        world = cache_folder() / str(name).replace("/", "--")
+        world = _converted(name)
         return world if (world / "world.json").is_file() else _from_hub(str(name), world)
     if folder.is_dir() and not (folder / "world.json").is_file() and any(folder.glob("*.pth")):
         return _from_folder(folder)
     return find_world(name)
+
+
+def _converted(name: str | Path) -> Path:
+    return cache_folder() / str(name).replace("/", "--")
 
 
 def planned_spec(name: str | Path) -> WorldSpec:
@@ -121,8 +125,7 @@ def planned_spec(name: str | Path) -> WorldSpec:
     Raises:
         CheckpointError: no such world.
     """
-    converted = cache_folder() / str(name).replace("/", "--")
-    if str(name) not in RELEASES or Path(name).is_dir() or (converted / "world.json").is_file():
+    if str(name) not in RELEASES or Path(name).is_dir() or (_converted(name) / "world.json").is_file():
         return read_spec(obtain(name))
     model = published_model(RELEASES[str(name)].arguments, str(name))
     codec = WanCodecConfig((0.0,) * 48, (1.0,) * 48, *model.frame_size, later_scale=model.later_scale)
@@ -218,32 +221,6 @@ def show_licence() -> None:
     if not seen.is_file():
         print(LICENCE, file=sys.stderr)
         write_atomic(seen, lambda file: file.write_text(LICENCE + "\n"))
-
-
-def read_pth(path: Path) -> dict[str, Tensor]:
-    """The state dict of a published ``.pth``, mapped from the file, no code in it run.
-
-    Raises:
-        CheckpointError: truncated, not a checkpoint, or not a plain state dict.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        size = path.stat().st_size / 1e9
-        raise CheckpointError(
-            f"{path} ({size:.2f} GB) is truncated or not a PyTorch state dict "
-            f"({' '.join(str(error).split()):.100}); download it again"
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        what = (
-            f"keys {', '.join(map(str, list(state)[:6]))}"
-            if isinstance(state, Mapping)
-            else type(state).__name__
-        )
-        raise CheckpointError(f"{path} is not a state dict of tensors ({what}); give the published file")
-    return dict(state)
 
 
 def world_spec(model: PublishedModel, codec: WanCodecConfig, name: str) -> WorldSpec:

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from worldmodel.checkpoint import WorldFiles, WorldSpec, read_spec, read_world
 from worldmodel.codec.base import Codec, CodecState
+from worldmodel.codec.taehv import load_fast_decoder
+from worldmodel.codec.wan import WanCodec
 from worldmodel.condition.actions import ActionEncoder
 from worldmodel.condition.spaces import pack_actions
 from worldmodel.errors import CheckpointError, InputError, WorldModelError
@@ -120,6 +122,21 @@ class WorldModel:
         files: WorldFiles = read_world(path)
         flow, codec, actions, heads = files.build(device)
         return cls(files.spec, flow, codec, actions, heads, files.starts, files.fingerprint)
+
+    def with_fast_decoder(self, path: str | Path) -> WorldModel:
+        """The same world, its frames decoded by the small decoder in a ``taew2_2`` file; for worlds with Wan2.2's codec.
+
+        Raises:
+            InputError: another codec. CheckpointError: a file that is missing, damaged or not such a decoder.
+        """
+        if not isinstance(self.codec, WanCodec):
+            raise InputError(
+                f"{self.spec.name} has a codec of its own; a fast decoder is for Wan2.2's latents"
+            )
+        codec = self.codec.with_fast_decoder(load_fast_decoder(Path(path), self.codec.latent_channels))
+        return WorldModel(
+            self.spec, self.flow, codec, self.actions, self.heads, self.starts, self.fingerprint
+        )
 
     # ---- geometry ---------------------------------------------------------------------------------------------------
     @property
