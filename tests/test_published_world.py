@@ -218,7 +218,7 @@ def test_a_codec_that_is_missing_or_damaged(folder: Path, monkeypatch: pytest.Mo
     refused(
         lambda: WorldModel.load(folder),
         "needs vae/config.json (2.8 GB) of https://huggingface.co/Wan-AI/Wan2.2-TI2V-5B-Diffusers",
-        "offline mode is on",
+        "HF_HUB_OFFLINE is set",
         f"put it at {folder}/vae/config.json",
     )
 
@@ -242,8 +242,8 @@ def test_without_weights_it_says_what_is_missing(folder: Path, monkeypatch: pyte
         "apple/starflow-v needs starflow-v_7B_t2v_caus_480p_v3.pth (13.8 GB in bfloat16, twice that in float32) of "
         "https://huggingface.co/apple/starflow, which is not in the Hub's cache and cannot be fetched"
     )
-    place = "put it at FOLDER/starflow-v_7B_t2v_caus_480p_v3.pth and load FOLDER"
-    refused(lambda: WorldModel.load(NAME), wanted, "(offline mode is on)", place)
+    place = "put it at FOLDER/starflow-v_7B_t2v_caus_480p_v3.pth (vae/ of the codec beside it) and load FOLDER"
+    refused(lambda: WorldModel.load(NAME), wanted, "(HF_HUB_OFFLINE is set)", place)
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
 
