@@ -32,7 +32,6 @@ from worldmodel.files import (
     read_pth,
     read_tensors,
     save_shards,
-    save_tensors,
     write_atomic,
     write_json,
 )
@@ -266,7 +265,7 @@ def convert(weights: Path, model: PublishedModel, vae: Path, world: Path, name: 
         draft.mkdir()
         save_shards(draft / "flow.safetensors", _halves(flow, name))
         expected = modules["codec"].state_dict()
-        save_tensors(draft / "codec.safetensors", {k: v.to(expected[k].dtype) for k, v in coded.items()})
+        save_shards(draft / "codec.safetensors", ((k, v.to(expected[k].dtype)) for k, v in coded.items()))
         write_atomic(draft / "README.md", lambda file: file.write_text(f"# {name}\n\n{LICENCE}\n"))
         write_json(draft / "world.json", config_to_dict(spec))
         if not (world / "world.json").is_file():  # another process may have been faster
