@@ -373,6 +373,7 @@ def rewritten(folder: Path, **changes: Any) -> Path:
         ({"channels": None}, "missing model arguments ['channels']"),
         ({"noise_std": None}, "missing argument 'noise_std'"),
         ({"vid_size": "81"}, "cannot be used"),
+        ({"vid_size": None, "temporal_causal": None}, "a model of pictures (STARFlow 3B)"),
         ({"nvp": 0}, "nvp is 0"),
         ({"learnable_self_denoiser": None}, "learnable_self_denoiser is False; STARFlow-V needs True"),
         ({"text": "elsewhere/t5"}, "text encoder 'elsewhere/t5' is not known"),
