@@ -154,6 +154,7 @@ def train(
     """Train codec, flow, denoiser and heads on collected episodes and write a world.
 
     Kill it at any moment and run the same command again: it continues. TensorBoard logs lie in RUN/*/tensorboard.
+    Several processes or GPUs: torchrun --nproc-per-node N -m worldmodel train RECIPE (the flow is sharded over them).
     """
     from worldmodel.files import config_to_dict
     from worldmodel.training.recipes import load_recipe
@@ -163,15 +164,15 @@ def train(
         print(json.dumps(config_to_dict(chosen), indent=2))
         return
     from worldmodel.training.export import train_world
+    from worldmodel.training.parallel import Ranks
 
     run = run or Path("runs") / chosen.name
     out = out or run / "world"
-    world = train_world(chosen, data or Path("data") / chosen.name, run, out, until)
-    print(
-        f"world written to {out}; look at it with: worldmodel info {out}"
-        if world
-        else f"{until} done, in {run}"
-    )
+    with Ranks.joined() as ranks:
+        world = train_world(chosen, data or Path("data") / chosen.name, run, out, until, ranks)
+    if ranks.first:
+        done = f"world written to {out}; look at it with: worldmodel info {out}"
+        print(done if world else f"{until} done, in {run}")
 
 
 @app.command()

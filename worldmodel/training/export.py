@@ -19,16 +19,21 @@ from worldmodel.training.codec import encode_dataset, load_latents, load_trained
 from worldmodel.training.episodes import EpisodeDataset, split_indices
 from worldmodel.training.evaluate import git_revision
 from worldmodel.training.flow import Latents, train_flow, train_heads
+from worldmodel.training.parallel import ALONE, Ranks
 from worldmodel.training.recipes import Recipe
 from worldmodel.world import WorldModel
 
 STAGES = ("codec", "flow", "heads")
 
 
-def train_world(recipe: Recipe, data: Path, run: Path, out: Path, until: str = "heads") -> WorldModel | None:
+def train_world(
+    recipe: Recipe, data: Path, run: Path, out: Path, until: str = "heads", ranks: Ranks = ALONE
+) -> WorldModel | None:
     """Train codec, flow and heads in that order, up to ``until``, and export; what is finished is not trained again.
 
-    Returns the world, or None where ``until`` ends before the heads.
+    Several ranks train the flow together; the first does the rest alone.
+
+    Returns the world, or None where ``until`` ends before the heads, and on every rank but the first.
 
     Raises:
         ConfigError: ``until`` is no stage. DataError: the dataset does not fit the recipe. Interrupted: by a signal.
@@ -36,22 +41,23 @@ def train_world(recipe: Recipe, data: Path, run: Path, out: Path, until: str = "
     if until not in STAGES:
         raise ConfigError(f"no stage {until!r}; choose from {', '.join(STAGES)}")
     dataset = EpisodeDataset.open(data)
-    if not (run / "codec" / "codec.json").is_file():
-        train_codec(recipe.codec, data, run / "codec")
+    cache = run / "codec" / "latents.safetensors"
+    if ranks.first:
+        if not (run / "codec" / "codec.json").is_file():
+            train_codec(recipe.codec, data, run / "codec")
+        if until != "codec" and not cache.is_file():
+            encode_dataset(load_trained_codec(run / "codec"), dataset, cache)
+    ranks.wait()
     if until == "codec":
         return None
-    cache = run / "codec" / "latents.safetensors"
-    if not cache.is_file():
-        encode_dataset(load_trained_codec(run / "codec"), dataset, cache)
     episodes = load_latents(cache)
     train = [episodes[i] for i in split_indices(len(episodes), "train")]
     latents = Latents.of(train, dataset.action_space)
-    flow, actions, flow_run = train_flow(recipe.flow, latents, run / "flow")
-    if until == "flow":
+    parts, made = train_flow(recipe.flow, latents, run / "flow", ranks)
+    if until == "flow" or not ranks.first:
         return None
     heads, _ = train_heads(recipe.heads, latents, run / "heads")
-    parts = nn.ModuleDict({"flow": flow} if actions is None else {"flow": flow, "actions": actions})
-    export_world(recipe, dataset, len(train), run, out, parts, heads, flow_run.step)
+    export_world(recipe, dataset, len(train), run, out, parts, heads, made.step)
     return WorldModel.load(out)
 
 
