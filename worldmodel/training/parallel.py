@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed._composable import checkpoint as recompute_module
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -139,6 +140,10 @@ def fill(tensor: Tensor, value: Tensor) -> None:
     tensor.copy_(value)
 
 
+DAMAGE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError, dcp.CheckpointException)
+"""What the readers raise for files that are damaged or of another model."""
+
+
 # ---- checkpoints ------------------------------------------------------------------------------------------------------
 def shard_folders(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of the complete distributed checkpoints in a run's folder, oldest first."""
@@ -175,7 +180,7 @@ def names_in(target: Path) -> set[str]:
     """Names of the tensors of a distributed checkpoint. Raises CheckpointError where it is corrupt."""
     try:
         return {str(name) for name in HuggingFaceStorageReader(str(target)).read_metadata().state_dict_metadata}
-    except (OSError, ValueError, KeyError) as error:
+    except DAMAGE as error:
         raise _damaged(target, error) from error
 
 
@@ -190,7 +195,7 @@ def load_shards(target: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> No
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             reader = HuggingFaceStorageReader(str(target))
             dcp.load(dict(tensors), storage_reader=reader, no_dist=ranks.size == 1)
-    except (OSError, ValueError, RuntimeError, KeyError, dcp.CheckpointException) as error:
+    except DAMAGE as error:
         raise _damaged(target, error) from error
 
 
