@@ -176,6 +176,55 @@ def train(
 
 
 @app.command()
+def finetune(
+    world: World,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="minari:NAME, or a folder: of LeRobot, of videos beside captions (clip.txt) or actions "
+            "(clip.npy, clip.csv, clip.json), or of collected episodes."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The world directory to write.")],
+    lora: Annotated[int, typer.Option(help="Rank of the low-rank adapters.")] = 16,
+    full: Annotated[bool, typer.Option("--full", help="Train every weight instead of adapters.")] = False,
+    run: Annotated[
+        Path | None, typer.Option(help="Converted data, checkpoints and logs; default runs/OUT.")
+    ] = None,
+    camera: Annotated[str | None, typer.Option(help="Which pictures, where the data has several.")] = None,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 2_000,
+    minutes: Annotated[float | None, typer.Option(help="End after so many minutes, if sooner.")] = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
+    batch: Annotated[int, typer.Option(help="Windows a step, over all processes.")] = 16,
+    length: Annotated[int, typer.Option(help="Latent frames a window, at most the world's.")] = 16,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Activation checkpointing: less memory, more time.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+) -> None:
+    """Fine-tune a world on your data; one without actions learns them (unchanged until it is trained).
+
+    Kill it at any moment and run the same command again: it continues. TensorBoard logs lie in RUN/flow/tensorboard.
+    Several processes or GPUs: torchrun --nproc-per-node N -m worldmodel finetune ... (FSDP2).
+    Adapters are merged into the weights that are written; apart, they stay in RUN/flow.
+    """
+    from worldmodel.training.finetune import Finetune
+    from worldmodel.training.finetune import finetune as train_further
+    from worldmodel.training.loop import LoopConfig
+    from worldmodel.training.parallel import Ranks
+
+    loop = LoopConfig(steps=steps, minutes=minutes, lr=lr, warmup=min(50, steps), seed=seed)
+    config = Finetune(loop, lora=0 if full else lora, batch=batch, length=length, recompute=recompute)
+    folder = run or Path("runs") / out.name
+    with Ranks.joined() as ranks:
+        tuned = train_further(world, data, folder, out, config, camera, ranks=ranks)
+    if tuned is not None:
+        print(f"world written to {out}; look at it with: worldmodel info {out}")
+        for name, values in tuned.spec.quality.items():
+            print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+
+
+@app.command()
 def evaluate(
     world: World = "pendulum",
     data: Annotated[

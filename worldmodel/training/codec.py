@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from worldmodel.codec.base import Codec
 from worldmodel.codec.conv import (
     PIXEL_SCALE,
     ConvCodec,
@@ -287,25 +288,27 @@ class LatentEpisode(NamedTuple):
 
 
 @torch.no_grad()
-def encode_dataset(codec: ConvCodec, dataset: EpisodeDataset, path: Path) -> None:
-    """Encode every episode once, to one safetensors file that `load_latents` reads.
+def encode_dataset(codec: Codec, dataset: EpisodeDataset, path: Path) -> None:
+    """Encode every episode once, to one safetensors file that `load_latents` reads. Actions that are text are left out.
+
+    A codec whose first latent frame is one picture (Wan) begins with frame 0: a latent more than there are chunks.
 
     Raises:
-        DataError: an episode cannot be read, or its actions are text.
+        DataError: an episode cannot be read.
         CheckpointError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     for index in tqdm(range(dataset.episodes), desc="encode", unit="episode"):
         episode = dataset.episode(index)
-        latents, _ = codec.encode(torch.from_numpy(episode.frames[None, 1:]), {})
+        begin = 1 if codec.first_frames == codec.temporal_stride else 0
+        latents, _ = codec.encode(torch.from_numpy(episode.frames[None, begin:]), codec.initial_state(1))
         tensors[f"{index:06d}/latents"] = latents[0]
         tensors[f"{index:06d}/rewards"] = torch.from_numpy(episode.rewards)
         tensors[f"{index:06d}/terminated"] = torch.from_numpy(episode.terminated)
         named = episode.actions if isinstance(episode.actions, dict) else {"": episode.actions}
         for name, array in named.items():
-            if array.dtype.kind not in "fiub":
-                raise DataError(f"{dataset.folder}: actions of {array.dtype} cannot be kept beside latents")
-            tensors[f"{index:06d}/actions" + (f"/{name}" if name else "")] = torch.from_numpy(array)
+            if array.dtype.kind in "fiub":
+                tensors[f"{index:06d}/actions" + (f"/{name}" if name else "")] = torch.from_numpy(array)
     save_tensors(path, tensors, {"episodes": str(dataset.episodes)})
 
 

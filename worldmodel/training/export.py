@@ -98,15 +98,19 @@ def export_world(
         },
         quality={"codec": report["test"]},
     )
+    starts = bank_of_starts(dataset, recipe.starts, recipe.start_chunks, recipe.collect.seed)
     tensors = {"flow": half_precision(parts), "codec": half_precision(codec), "heads": half_precision(heads)}
-    write_world(out, spec, tensors, bank_of_starts(recipe, dataset), model_card(spec))
+    write_world(out, spec, tensors, starts, model_card(spec))
 
 
-def bank_of_starts(recipe: Recipe, dataset: EpisodeDataset) -> dict[str, np.ndarray]:
-    """Clips (S, T, F, height, width, 3) and actions (S, T, ...) from anywhere in validation episodes."""
-    split = dataset.split("validation")
-    rng = np.random.default_rng(recipe.collect.seed)
-    windows = split.sample_windows(recipe.starts, recipe.start_chunks, rng)
+def bank_of_starts(dataset: EpisodeDataset, count: int, chunks: int, seed: int) -> dict[str, np.ndarray]:
+    """Clips (S, T, F, height, width, 3) and actions (S, T, ...) from anywhere in validation episodes.
+
+    ``count`` of at most ``chunks`` chunks; of training episodes where there are too few for a validation split.
+    """
+    split = dataset.split("validation" if split_indices(dataset.episodes, "validation") else "train")
+    length = min(chunks, int(split.lengths.max()))
+    windows = split.sample_windows(count, length, np.random.default_rng(seed))
     if isinstance(windows.actions, dict):
         packed = {f"actions/{k}": v for k, v in windows.actions.items()}
     else:

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
-from worldmodel.condition.spaces import pack_actions
+from worldmodel.condition.spaces import pack_actions, packed_size
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.flow.affine import LOG_2PI
 from worldmodel.flow.denoiser import SCORE_SCALE
-from worldmodel.flow.flow import Flow, FlowConfig
+from worldmodel.flow.flow import Density, Flow, FlowConfig
 from worldmodel.heads import Heads, HeadsConfig
 from worldmodel.training.codec import LatentEpisode
 from worldmodel.training.loop import LoopConfig, Run
@@ -84,7 +84,8 @@ class HeadsTraining:
 class Latents:
     """Encoded episodes end to end: latents (S, C, h, w), packed actions (S, P), rewards (S,), terminated (S,) bool;
     lengths (episodes,): chunks of each episode. In worlds with prompts: text (prompts, L, text_dim), the empty prompt
-    first, and prompts (S,) int64, the prompt of a window that starts at each latent frame.
+    first, and prompts (S,) int64, the prompt of a window that starts at each latent frame. present (S,) bool: whether
+    an action caused the latent frame, None for all (a codec's first picture is caused by none).
     """
 
     latents: Tensor
@@ -94,10 +95,11 @@ class Latents:
     lengths: np.ndarray
     text: Tensor | None = None
     prompts: Tensor | None = None
+    present: Tensor | None = None
 
     @classmethod
     def of(cls, episodes: list[LatentEpisode], space: spaces.Space[Any]) -> Latents:
-        """Join encoded episodes.
+        """Join encoded episodes; those of a codec with a first picture have a latent frame more than actions.
 
         Raises:
             InputError: an action outside the space.
@@ -108,14 +110,30 @@ class Latents:
                 return {k: numpy(v) for k, v in actions.items()}
             return actions.numpy()
 
-        packed = [pack_actions(space, numpy(e.actions), len(e.latents)) for e in episodes]
+        size, packed, present = packed_size(space), [], []
+        for e in episodes:
+            caused = torch.arange(len(e.latents)) >= len(e.latents) - len(e.rewards)
+            rows = np.zeros((len(e.latents), size), dtype=np.float32)
+            if size:
+                rows[caused.numpy()] = pack_actions(space, numpy(e.actions), len(e.rewards))
+            packed.append(rows)
+            present.append(caused)
+
+        def late(values: Tensor, caused: Tensor) -> Tensor:
+            return values.new_zeros(len(caused)).masked_scatter(caused, values)
+
         return cls(
             torch.cat([e.latents for e in episodes]),
             torch.from_numpy(np.concatenate(packed)),
-            torch.cat([e.rewards for e in episodes]),
-            torch.cat([e.terminated for e in episodes]),
+            torch.cat([late(e.rewards, c) for e, c in zip(episodes, present, strict=True)]),
+            torch.cat([late(e.terminated, c) for e, c in zip(episodes, present, strict=True)]),
             np.array([len(e.latents) for e in episodes]),
+            present=None if all(c.all() for c in present) else torch.cat(present),
         )
+
+    def shown(self, at: Tensor) -> Tensor:
+        """Whether each of the latent frames ``at`` has an action, bool."""
+        return torch.ones(at.shape, dtype=torch.bool) if self.present is None else self.present[at]
 
     def places(self, length: int) -> np.ndarray:
         """Where a window of ``length`` chunks may start.
@@ -165,7 +183,8 @@ class FlowStage:
         self.grid = self.flow.grid((data.latents.shape[2], data.latents.shape[3]))
         self.starts, self.rows = data.places(config.length), ranks.rows(config.batch)
         ranks.shard(self.parts, config.recompute)
-        self.density, self.score = self.flow, self.flow.denoiser.score
+        self.density: Callable[..., Density] = self.flow
+        self.score: Callable[..., Tensor] = self.flow.denoiser.score
         plain = ranks.size == 1 and not config.recompute
         if config.compiled and plain and shutil.which(os.environ.get("CXX", "g++")):
             warnings.filterwarnings("ignore", message=".*lru_cache.*")  # the cached tables are pure
@@ -192,6 +211,7 @@ class FlowStage:
             features = None
             if self.actions is not None:
                 present = torch.from_numpy(rng.random((c.batch, c.length)) >= c.action_dropout)[rows]
+                present = present & self.data.shown(at)
                 features = self.actions(self.data.packed[at].to(device), present.to(device))
             text = self._text(rng, begin)
             loss = -self.density(noisy, self.grid, text, features).log_prob_elements.float().mean()
@@ -243,13 +263,16 @@ def train_flow(
 class HeadsStage:
     """One training step of the heads: squared error of the standardised reward plus cross-entropy of termination."""
 
-    def __init__(self, config: HeadsTraining, data: Latents) -> None:
+    def __init__(self, config: HeadsTraining, data: Latents, heads: Heads | None = None) -> None:
+        """``heads`` are trained further where given, else new ones, standardised on the data's rewards."""
         torch.manual_seed(config.loop.seed)
         self.config, self.data = config, data
-        self.heads = Heads(HeadsConfig(data.latents[0].numel(), data.packed.shape[1], config.width))
-        std, mean = torch.std_mean(data.rewards)
-        self.heads.reward_mean.copy_(mean)
-        self.heads.reward_std.copy_(std.clamp_min(1e-6))
+        if heads is None:
+            heads = Heads(HeadsConfig(data.latents[0].numel(), data.packed.shape[1], config.width))
+            std, mean = torch.std_mean(data.rewards)
+            heads.reward_mean.copy_(mean)
+            heads.reward_std.copy_(std.clamp_min(1e-6))
+        self.heads = heads.requires_grad_(True)
         self.places = data.places(2) + 1
 
     @property
@@ -276,9 +299,11 @@ class HeadsStage:
         return {"loss": loss.detach(), "reward": squared.detach(), "termination": ended.detach()}
 
 
-def train_heads(config: HeadsTraining, data: Latents, folder: Path) -> tuple[Heads, Run]:
-    """Train reward and termination heads, or continue; returns them with averaged weights."""
-    stage = HeadsStage(config, data)
+def train_heads(
+    config: HeadsTraining, data: Latents, folder: Path, heads: Heads | None = None
+) -> tuple[Heads, Run]:
+    """Train reward and termination heads, new ones or ``heads``, or continue; returns them with averaged weights."""
+    stage = HeadsStage(config, data, heads)
     run = Run(stage, config.loop, folder)
     run.fit("heads")
     return stage.heads, run

@@ -261,8 +261,8 @@ class Run:
                 f"{shards or self.file} was made with other settings ({', '.join(changed)}); "
                 "restore them, or use another run folder"
             )
-        saved = load_tensors(self.file) if shards is None else None
-        names = set(saved) if saved is not None else names_in(shards)
+        saved = load_tensors(self.file) if shards is None else {}
+        names = set(saved) if shards is None else names_in(shards)
         for name, weight in self.weights.items():
             if f"exp_avg.{name}" in names:  # else no loss has reached it yet
                 moments = {moment: torch.zeros_like(weight) for moment in MOMENTS}
@@ -270,16 +270,16 @@ class Run:
                 self.optimizer.state[weight] = {"step": done, **moments}
         tensors, where = self._tensors(), shards or self.file
         for name, tensor in tensors.items():
-            if name not in names or (saved is not None and saved[name].shape != tensor.shape):
+            if name not in names or (shards is None and saved[name].shape != tensor.shape):
                 raise CheckpointError(
                     f"{where} does not fit this model ({name}); "
                     "restore its configuration, or use another run folder"
                 )
-        if saved is None:
+        if shards is not None:
             load_shards(shards, tensors, self.ranks)
-        else:
-            for name, tensor in tensors.items():
-                fill(tensor, saved[name])
+        for name, value in saved.items():
+            if name in tensors:
+                fill(tensors[name], value)
         self.step, self.elapsed = int(header["step"]), float(header["elapsed"])
 
     def _report(self, bar: tqdm, writer: Any, metrics: Mapping[str, float | Tensor]) -> None:

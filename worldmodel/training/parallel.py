@@ -96,7 +96,9 @@ class Ranks:
             ConfigError: the batch does not divide by the number of ranks.
         """
         if batch % self.size:
-            raise ConfigError(f"a batch of {batch} does not divide by {self.size} processes; choose a multiple")
+            raise ConfigError(
+                f"a batch of {batch} does not divide by {self.size} processes; choose a multiple"
+            )
         each = batch // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
@@ -136,7 +138,9 @@ def whole(tensor: Tensor) -> Tensor:
 def fill(tensor: Tensor, value: Tensor) -> None:
     """Copy a full ``value`` into a tensor or into the ranks' shards of it."""
     if isinstance(tensor, DTensor):
-        value = distribute_tensor(value.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)
+        value = distribute_tensor(
+            value.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements
+        )
     tensor.copy_(value)
 
 
@@ -179,7 +183,9 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor], header: dict[str, A
 def names_in(target: Path) -> set[str]:
     """Names of the tensors of a distributed checkpoint. Raises CheckpointError where it is corrupt."""
     try:
-        return {str(name) for name in HuggingFaceStorageReader(str(target)).read_metadata().state_dict_metadata}
+        return {
+            str(name) for name in HuggingFaceStorageReader(str(target)).read_metadata().state_dict_metadata
+        }
     except DAMAGE as error:
         raise _damaged(target, error) from error
 
@@ -199,9 +205,11 @@ def load_shards(target: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> No
         raise _damaged(target, error) from error
 
 
-def _damaged(target: Path, error: Exception) -> CheckpointError:
+def _damaged(target: Path, error: BaseException) -> CheckpointError:
     reason = f"{' '.join(str(error).split()):.120}"
-    return CheckpointError(f"{target} is damaged or of another model ({reason}); delete it, or use another run folder")
+    return CheckpointError(
+        f"{target} is damaged or of another model ({reason}); delete it, or use another run folder"
+    )
 
 
 def header_of(target: Path) -> dict[str, Any]:
