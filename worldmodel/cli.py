@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from worldmodel.world import WorldModel
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -214,7 +218,14 @@ def finetune(
     from worldmodel.training.parallel import Ranks
 
     loop = LoopConfig(steps=steps, minutes=minutes, lr=lr, warmup=min(50, steps), seed=seed)
-    config = Finetune(loop, lora=0 if full else lora, batch=batch, length=length, recompute=recompute)
+    config = Finetune(
+        loop,
+        lora=0 if full else lora,
+        batch=batch,
+        length=length,
+        recompute=recompute,
+        compiled=steps >= 500,  # compiling takes as long as hundreds of steps
+    )
     folder = run or Path("runs") / out.name
     with Ranks.joined() as ranks:
         tuned = train_further(world, data, folder, out, config, camera, ranks=ranks)
@@ -273,7 +284,10 @@ def rollout(
     ] = None,
     scale: Annotated[int, typer.Option(help="Enlarge the picture so many times.")] = 4,
 ) -> None:
-    """Imagine a future under random actions, write it as a video, and print its likelihood."""
+    """Imagine a future under random actions, write it as a video, and print its likelihood.
+
+    Several processes or GPUs: torchrun --nproc-per-node N -m worldmodel rollout ... (guidance and heads are spread).
+    """
     import numpy as np
     from tqdm import tqdm
 
@@ -283,20 +297,31 @@ def rollout(
     model = WorldModel.load(world)
     given: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "context": context}
     sampling = replace(model.spec.sampling, **{k: v for k, v in given.items() if v is not None})
-    state, begun = model.reset([seed])
-    frames = [np.asarray(c.frames[0]) for c in begun]
     space = model.spec.action_space
     space.seed(seed)
     nats, action = [], None
-    for t in tqdm(range(chunks), desc="imagine", unit="chunk"):
-        if t % hold == 0:
-            action = _batch_of_one(space.sample())
-        state, chunk = model.step(state, action, sampling)
-        frames.append(np.asarray(chunk.frames[0]))
-        nats.append(float(chunk.log_prob[0]))
-    video = np.concatenate(frames)
-    write_video(out, np.repeat(np.repeat(video, scale, axis=1), scale, axis=2), model.spec.fps)
-    print(f"{out}: {len(video)} frames, mean {np.mean(nats):.1f} nats a chunk (of the noised latent)")
+    with _processes(model, sampling.guidance != 0) as first:
+        state, begun = model.reset([seed])
+        frames = [np.asarray(c.frames[0]) for c in begun]
+        for t in tqdm(range(chunks), desc="imagine", unit="chunk", disable=not first):
+            if t % hold == 0:
+                action = _batch_of_one(space.sample())
+            state, chunk = model.step(state, action, sampling)
+            frames.append(np.asarray(chunk.frames[0]))
+            nats.append(float(chunk.log_prob[0]))
+    if first:
+        video = np.concatenate(frames)
+        write_video(out, np.repeat(np.repeat(video, scale, axis=1), scale, axis=2), model.spec.fps)
+        print(f"{out}: {len(video)} frames, mean {np.mean(nats):.1f} nats a chunk (of the noised latent)")
+
+
+def _processes(model: WorldModel, guided: bool) -> AbstractContextManager[bool]:
+    """The world spread over torchrun's processes, if any; says whether this one shows and writes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return nullcontext(True)
+    from worldmodel.parallel import spread_by_torchrun
+
+    return spread_by_torchrun(model, guided)
 
 
 def _batch_of_one(action: Any) -> Any:

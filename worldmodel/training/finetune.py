@@ -1,8 +1,9 @@
 """Fine-tune a world on somebody's data; give actions to one that has none, which changes nothing until it is trained.
 
 The action path is a fresh `ActionEncoder` and a zero-initialised projection in the deep block and the denoiser
-(STARFlow-V has none): at step 0 every output is the checkpoint's own. Low-rank adapters (LoRA, arXiv 2106.09685,
-through peft) on attention and MLP are merged into the weights before they are written.
+(STARFlow-V has none): at step 0 every output is the checkpoint's own. Low-rank adapters (LoRA, arXiv 2106.09685) on
+attention and MLP are merged into the weights before they are written. They are parametrisations of the weights, not
+wrapped modules (as peft's are), so whatever the flow does with a weight, sharding included, does it with adapters too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from worldmodel.checkpoint import WorldFiles, half_precision, read_world, write_world
 from worldmodel.codec.base import Codec
@@ -24,6 +26,8 @@ from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
 from worldmodel.condition.spaces import packed_size, space_to_json
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.files import config_to_dict, load_tensors, read_json, save_tensors, write_json
+from worldmodel.flow.attention import Attention
+from worldmodel.flow.block import MLP
 from worldmodel.flow.flow import Flow
 from worldmodel.training.codec import LatentEpisode, encode_dataset, load_latents
 from worldmodel.training.datasets import converted
@@ -35,7 +39,6 @@ from worldmodel.training.loop import LoopConfig, Run
 from worldmodel.training.parallel import ALONE, Ranks
 from worldmodel.world import WorldModel
 
-ADAPTED = r".*\.(attention\.(qkv|out)|mlp\.(up|down))"
 Embed = Callable[[Sequence[str]], Tensor]
 """Captions to prompt tokens (n, L, text_dim), through the world's own template."""
 
@@ -84,20 +87,30 @@ def with_actions(flow: Flow, space: spaces.Space[Any], features: int, harmonics:
     return nn.ModuleDict({"flow": wider, "actions": encoder.to(flow.deep.sos.device)})
 
 
-def add_adapters(parts: nn.ModuleDict, rank: int) -> None:
-    """LoRA of ``rank`` on every attention and MLP, in place; trained besides: the action path, whole.
+class LowRank(nn.Module):
+    """``W + 2 up down``: a weight (out, in) with an update of low rank beside it, zero at first."""
 
-    Raises:
-        ConfigError: peft is not installed.
-    """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ConfigError(
-            "LoRA needs peft: pip install 'worldmodel[finetune]', or train all weights: --full"
-        ) from error
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        outputs, inputs = weight.shape
+        self.down = nn.Parameter(torch.randn(rank, inputs, device=weight.device) / math.sqrt(inputs))
+        self.up = nn.Parameter(torch.zeros(outputs, rank, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The adapted weight."""
+        return weight + 2.0 * (self.up @ self.down).to(weight.dtype)
+
+
+def _adapted(parts: nn.ModuleDict) -> list[nn.Module]:
+    units = [m for m in parts.modules() if isinstance(m, Attention | MLP)]
+    return [m for unit in units for m in unit.children() if isinstance(m, nn.Linear)]
+
+
+def add_adapters(parts: nn.ModuleDict, rank: int) -> None:
+    """LoRA of ``rank`` on every attention and MLP, in place; trained besides: the action path, whole."""
     parts.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ADAPTED), parts["flow"])
+    for linear in _adapted(parts):
+        parametrize.register_parametrization(linear, "weight", LowRank(linear.get_parameter("weight"), rank))
     for name, weight in parts.named_parameters():
         if name.startswith("actions.") or "proj_action" in name:
             weight.requires_grad_(True)
@@ -105,13 +118,8 @@ def add_adapters(parts: nn.ModuleDict, rank: int) -> None:
 
 def merge_adapters(parts: nn.ModuleDict) -> None:
     """Fold the adapters into the weights they stand beside, in place."""
-    from peft.tuners.lora import Linear
-
-    for parent in list(parts.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Linear):
-                child.merge()
-                setattr(parent, name, child.get_base_layer())
+    for linear in _adapted(parts):
+        parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
 
 
 def parts_of(files: WorldFiles, space: spaces.Space[Any], config: Finetune) -> nn.ModuleDict:

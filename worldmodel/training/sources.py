@@ -211,8 +211,8 @@ class LeRobotSource:
 
     def _path(self, row: dict[str, Any], kind: str, prefix: str) -> Path:
         """Where an episode's data or video lies; v3 counts chunks and files, v2 episodes."""
-        places = {k: row.get(f"{prefix}/{k}", 0) for k in ("chunk_index", "file_index")}
-        fields = {**places, **{k: row[k] for k in ("episode_index", "episode_chunk") if k in row}}
+        fields: dict[str, Any] = {k: row.get(f"{prefix}/{k}", 0) for k in ("chunk_index", "file_index")}
+        fields |= {k: row[k] for k in ("episode_index", "episode_chunk") if k in row}
         relative = Path(str(self.info[kind]).format(video_key=self.camera, **fields))
         if relative.is_absolute() or ".." in relative.parts:
             raise DataError(f"{self.name}/meta/info.json: {kind} leads out of the dataset: {relative}")
