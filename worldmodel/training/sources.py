@@ -90,6 +90,7 @@ def space_of(arrays: Sequence[np.ndarray], where: str) -> spaces.Space[Any]:
         return spaces.Discrete(int(high) + 1) if together.ndim == 1 else spaces.MultiDiscrete(high + 1)
     if not np.isfinite(together).all():
         raise DataError(f"{where}: actions are not finite")
+    low, high = low.astype(np.float32), high.astype(np.float32)
     flat = high == low
     return spaces.Box(np.where(flat, low - 1, low), np.where(flat, high + 1, high), dtype=np.float32)
 
