@@ -37,10 +37,19 @@ CONFIG = Finetune(
 )
 
 
-def embed(captions: Sequence[str]) -> torch.Tensor:
-    """(n, 3, 5): as good as any text encoder."""
-    seeds = [sum(map(ord, c)) for c in captions]
-    return torch.stack([torch.randn(3, 5, generator=torch.Generator().manual_seed(s)) for s in seeds])
+class Spelled:
+    """As good as any text encoder: (n, 3, 5) numbers for each caption."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def without_start(self, caption: str) -> str:
+        return f"(extend) {caption}"
+
+    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
+        self.asked.extend(captions)
+        generators = [torch.Generator().manual_seed(sum(map(ord, c))) for c in captions]
+        return torch.stack([torch.randn(3, 5, generator=g) for g in generators])
 
 
 def write_episodes(
@@ -111,7 +120,7 @@ def test_a_new_action_path_changes_nothing_until_it_is_trained(tmp_path: Path) -
 def test_a_world_with_prompts_keeps_its_density_when_it_gets_actions() -> None:
     flow = toy_flow(text_tokens=3, text_dim=5, action_features=0)
     parts = with_actions(flow, BOX, 8)
-    x, text = torch.randn(2, 3, 4, 3), embed(["a", "b"])
+    x, text = torch.randn(2, 3, 4, 3), Spelled()(["a", "b"])
     features = parts["actions"](torch.ones(2, 3, 1), torch.ones(2, 3, dtype=torch.bool))
     assert features.abs().min() > 0
     assert torch.equal(flow(x, (2, 2), text).log_prob, parts["flow"](x, (2, 2), text, features).log_prob)
@@ -183,14 +192,10 @@ def test_a_world_with_prompts_learns_actions_from_captioned_episodes(tmp_path: P
     data = write_episodes(tmp_path / "data", spaces.MultiDiscrete([3, 2]))
     with pytest.raises(ConfigError, match="has prompts, and no text encoder"):
         finetune(toy, str(data), tmp_path / "run", tmp_path / "out", CONFIG)
-    asked: list[str] = []
-
-    def listening(captions: Sequence[str]) -> torch.Tensor:
-        asked.extend(captions)
-        return embed(captions)
-
-    world = finetune(toy, str(data), tmp_path / "run", tmp_path / "out", CONFIG, embed=listening)
-    assert world is not None and asked == ["", "square 0", "square 1"]
+    prompts = Spelled()
+    world = finetune(toy, str(data), tmp_path / "run", tmp_path / "out", CONFIG, prompts=prompts)
+    extended = ["(extend) square 0", "(extend) square 1"]
+    assert world is not None and prompts.asked == ["", *extended, "square 0", "square 1"]
     assert world.spec.action_space == spaces.MultiDiscrete([3, 2]) and world.spec.flow.text_tokens == 3
     assert world.flow.deep.transformer.proj_action.weight.abs().max() > 0
     state, chunks = world.reset([0])
@@ -201,7 +206,9 @@ def test_a_world_with_prompts_learns_actions_from_captioned_episodes(tmp_path: P
 def test_captions_alone_leave_the_action_space_as_it_is(tmp_path: Path) -> None:
     toy = write_toy(tmp_path / "toy", TEXT, action_features=0, text_tokens=3, text_dim=5)
     data = write_episodes(tmp_path / "data", TEXT)
-    world = finetune(toy, str(data), tmp_path / "run", tmp_path / "out", replace(CONFIG, lora=0), embed=embed)
+    world = finetune(
+        toy, str(data), tmp_path / "run", tmp_path / "out", replace(CONFIG, lora=0), prompts=Spelled()
+    )
     assert world is not None and world.actions is None and isinstance(world.spec.action_space, spaces.Text)
     with pytest.raises(DataError, match="has no actions, but toy takes some"):
         finetune(write_toy(tmp_path / "box"), str(data), tmp_path / "other", tmp_path / "x", CONFIG)

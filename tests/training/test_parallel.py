@@ -61,7 +61,8 @@ def train(folder: Path, ranks: Ranks, steps: int = 20, recompute: bool = False) 
     while run.step < steps:
         losses.append(float(run._one_step("flow")["loss"]))
     run.save()
-    parts = gathered(stage.parts, new_parts(config, 2))
+    parts = new_parts(config, 2)
+    gathered(stage.parts, parts if ranks.first else None)
     if ranks.first:
         save_tensors(folder / f"weights{steps}.safetensors", parts.state_dict())
         (folder / f"losses{steps}.json").write_text(json.dumps(losses))

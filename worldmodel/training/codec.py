@@ -7,6 +7,7 @@ height, width pixels.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,10 +38,11 @@ from worldmodel.files import (
     save_tensors,
     write_json,
 )
-from worldmodel.training.episodes import EpisodeDataset, EpisodeSplit
+from worldmodel.training.episodes import Episode, EpisodeDataset, EpisodeSplit
 from worldmodel.training.loop import LoopConfig, Run
 
 MOVED = 12.0  # grey levels by which a pixel must change to count as moving
+PIECE = 16  # chunks encoded at once
 NOISES = (0.0, 0.05, 0.1)  # standard deviations at which decoding is measured
 
 
@@ -288,28 +290,53 @@ class LatentEpisode(NamedTuple):
 
 
 @torch.no_grad()
-def encode_dataset(codec: Codec, dataset: EpisodeDataset, path: Path) -> None:
+def encode_dataset(
+    codec: Codec, dataset: EpisodeDataset, path: Path, device: torch.device | str = "cpu"
+) -> None:
     """Encode every episode once, to one safetensors file that `load_latents` reads. Actions that are text are left out.
 
     A codec whose first latent frame is one picture (Wan) begins with frame 0: a latent more than there are chunks.
+    Episodes wait in a folder beside ``path`` until all are there, so an interrupted run continues.
 
     Raises:
         DataError: an episode cannot be read.
         CheckpointError: the file cannot be written.
     """
-    tensors: dict[str, Tensor] = {}
+    waiting = path.with_suffix(".parts")
     for index in tqdm(range(dataset.episodes), desc="encode", unit="episode"):
-        episode = dataset.episode(index)
-        begin = 1 if codec.first_frames == codec.temporal_stride else 0
-        latents, _ = codec.encode(torch.from_numpy(episode.frames[None, begin:]), codec.initial_state(1))
-        tensors[f"{index:06d}/latents"] = latents[0]
-        tensors[f"{index:06d}/rewards"] = torch.from_numpy(episode.rewards)
-        tensors[f"{index:06d}/terminated"] = torch.from_numpy(episode.terminated)
-        named = episode.actions if isinstance(episode.actions, dict) else {"": episode.actions}
-        for name, array in named.items():
-            if array.dtype.kind in "fiub":
-                tensors[f"{index:06d}/actions" + (f"/{name}" if name else "")] = torch.from_numpy(array)
+        file = waiting / f"{index:06d}.safetensors"
+        if not file.is_file():
+            save_tensors(file, _encoded(codec, dataset.episode(index), dataset.frame_skip, device))
+    tensors = {
+        f"{index:06d}/{name}": tensor
+        for index in range(dataset.episodes)
+        for name, tensor in load_tensors(waiting / f"{index:06d}.safetensors").items()
+    }
     save_tensors(path, tensors, {"episodes": str(dataset.episodes)})
+    shutil.rmtree(waiting)
+
+
+def _encoded(codec: Codec, episode: Episode, skip: int, device: torch.device | str) -> dict[str, Tensor]:
+    frames, latents, state = torch.from_numpy(episode.frames[None]), [], codec.initial_state(1)
+    at = 1 if codec.first_frames == codec.temporal_stride else 0
+    while at < frames.shape[1]:
+        stop = PIECE * skip + (
+            1 if at <= 1 else at
+        )  # whole chunks, and the first picture with the first of them
+        piece, state = codec.encode(frames[:, at:stop].to(device), state)
+        latents.append(piece[0].cpu())
+        at = stop
+    named = episode.actions if isinstance(episode.actions, dict) else {"": episode.actions}
+    actions = {
+        "actions" + (f"/{name}" if name else ""): torch.from_numpy(array)
+        for name, array in named.items()
+        if array.dtype.kind in "fiub"
+    }
+    return actions | {
+        "latents": torch.cat(latents),
+        "rewards": torch.from_numpy(episode.rewards),
+        "terminated": torch.from_numpy(episode.terminated),
+    }
 
 
 def load_latents(path: Path) -> list[LatentEpisode]:

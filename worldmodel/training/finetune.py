@@ -9,10 +9,10 @@ wrapped modules (as peft's are), so whatever the flow does with a weight, shardi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -39,8 +39,17 @@ from worldmodel.training.loop import LoopConfig, Run
 from worldmodel.training.parallel import ALONE, Ranks
 from worldmodel.world import WorldModel
 
-Embed = Callable[[Sequence[str]], Tensor]
-"""Captions to prompt tokens (n, L, text_dim), through the world's own template."""
+
+class Prompts(Protocol):
+    """Captions to the condition tokens of a world."""
+
+    def without_start(self, caption: str) -> str:
+        """The caption of a window from which the video's first frame is missing."""
+        ...
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """(n, L, text_dim), through the world's own template; "" is the unconditional one."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -134,9 +143,10 @@ def parts_of(files: WorldFiles, space: spaces.Space[Any], config: Finetune) -> n
         parts = with_actions(flow, space, config.features)
     else:
         parts = nn.ModuleDict({"flow": flow} | ({"actions": actions} if same and actions is not None else {}))
-    parts.requires_grad_(True)
     if config.lora:
         add_adapters(parts, config.lora)
+    else:
+        parts.float().requires_grad_(True)  # half precision would lose small updates
     return parts.train()
 
 
@@ -147,13 +157,13 @@ def finetune(
     out: Path,
     config: Finetune,
     camera: str | None = None,
-    embed: Embed | None = None,
+    prompts: Prompts | None = None,
     ranks: Ranks = ALONE,
 ) -> WorldModel | None:
     """Fine-tune ``world`` on the dataset ``source`` (see `worldmodel.training.datasets`) and write the world ``out``.
 
     ``run`` holds converted episodes, latents and checkpoints: run the same again after a kill, it continues.
-    ``embed`` is needed where the world has prompts. Returns the world, None on every rank but the first.
+    ``prompts`` are needed where the world has some. Returns the world, None on every rank but the first.
 
     Raises:
         DataError: the data cannot be read, or is too short. ConfigError: ``run`` is of other settings.
@@ -162,7 +172,7 @@ def finetune(
     files = read_world(world)
     torch.set_num_threads(config.threads)
     if ranks.first:
-        _prepare(files, source, run, config, camera, embed)
+        _prepare(files, source, run, config, camera, prompts, ranks.device)
     ranks.wait()
     dataset = _episodes(files, source, run, camera)
     episodes = load_latents(run / "latents.safetensors")
@@ -183,19 +193,21 @@ def finetune(
         recompute=config.recompute,
     )
     quality: dict[str, Any] = {}
+    base, _, encoder, _ = files.build("cpu")
     if ranks.first and held_out is not None:
-        base, _, encoder, _ = files.build("cpu")
         own = encoder if space == files.spec.action_space else None
         quality["before"] = bits_per_dim(base, own, held_out, training.length)
     stage = FlowStage(training, train, parts, ranks)
     fit = Run(stage, config.loop, run / "flow", ranks)
     fit.fit("fine-tune")
-    parts = gathered(stage.parts, parts_of(files, space, config)).eval()
     if not ranks.first:
+        gathered(stage.parts, None)
         return None
+    parts = parts_of(files, space, config).eval()
+    gathered(stage.parts, parts)
     if config.lora:
         merge_adapters(parts)
-    parts.requires_grad_(False)
+    parts.requires_grad_(False)["flow"].to(base.deep.sos.dtype)
     if held_out is not None:
         encoder = cast(ActionEncoder, parts["actions"]) if "actions" in parts else None
         quality["after"] = bits_per_dim(cast(Flow, parts["flow"]), encoder, held_out, training.length)
@@ -213,7 +225,13 @@ def _episodes(files: WorldFiles, source: str, run: Path, camera: str | None) -> 
 
 
 def _prepare(
-    files: WorldFiles, source: str, run: Path, config: Finetune, camera: str | None, embed: Embed | None
+    files: WorldFiles,
+    source: str,
+    run: Path,
+    config: Finetune,
+    camera: str | None,
+    prompts: Prompts | None,
+    device: torch.device,
 ) -> None:
     """Convert, encode and embed once; what is there already stays, if it is of the same settings."""
     given = {
@@ -230,23 +248,20 @@ def _prepare(
         )
     write_json(note, given)
     dataset = _episodes(files, source, run, camera)
-    _, codec, _, _ = files.build("cpu")
     if not (run / "latents.safetensors").is_file():
-        encode_dataset(codec, dataset, run / "latents.safetensors")
+        _, codec, _, _ = files.build(device)
+        encode_dataset(codec, dataset, run / "latents.safetensors", device)
     if not files.spec.flow.text_tokens or (run / "text.safetensors").is_file():
         return
-    if embed is None:
+    if prompts is None:
         raise ConfigError(
             f"{files.spec.name} has prompts, and no text encoder to embed the captions with was found"
         )
     captions = [str(dataset.episode(i).meta.get("caption", "")) for i in range(dataset.episodes)]
-    later = (
-        "(extend) " if codec.first_frames != codec.temporal_stride else ""
-    )  # windows without the first frame
-    wanted = [[c, later + c] for c in captions]
-    unique = ["", *sorted({prompt for pair in wanted for prompt in pair} - {""})]
-    index = torch.tensor([[unique.index(prompt) for prompt in pair] for pair in wanted])
-    save_tensors(run / "text.safetensors", {"text": embed(unique), "prompts": index})
+    wanted = [[c, prompts.without_start(c)] for c in captions]
+    unique = ["", *sorted({caption for pair in wanted for caption in pair} - {""})]
+    index = torch.tensor([[unique.index(caption) for caption in pair] for pair in wanted])
+    save_tensors(run / "text.safetensors", {"text": prompts(unique), "prompts": index})
 
 
 def latents_of(

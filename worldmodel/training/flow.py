@@ -162,10 +162,15 @@ def new_parts(config: FlowTraining, packed: int) -> nn.ModuleDict:
     return nn.ModuleDict(parts)
 
 
-def gathered(trained: nn.ModuleDict, like: nn.ModuleDict) -> nn.ModuleDict:
-    """``like``, on the CPU, with the weights of ``trained``, which may be sharded; all ranks must ask together."""
-    like.load_state_dict({name: whole(value).cpu() for name, value in trained.state_dict().items()})
-    return like
+def gathered(trained: nn.ModuleDict, like: nn.ModuleDict | None) -> None:
+    """Copy the weights of ``trained``, which may be sharded, into ``like``; all ranks must ask together, None to help."""
+    full = {}
+    for name, value in trained.state_dict().items():
+        together = whole(value)
+        if like is not None:
+            full[name] = together.cpu()
+    if like is not None:
+        like.load_state_dict(full)
 
 
 class FlowStage:
@@ -257,7 +262,9 @@ def train_flow(
     stage = FlowStage(config, data, parts, ranks)
     run = Run(stage, config.loop, folder, ranks)
     run.fit("flow")
-    return gathered(stage.parts, new_parts(config, packed)), run
+    made = new_parts(config, packed)
+    gathered(stage.parts, made)
+    return made, run
 
 
 class HeadsStage:
