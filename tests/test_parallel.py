@@ -49,7 +49,7 @@ def two_ranks(path: Path) -> None:
             spread(world, ranks, guided)
             written(world, path / f"guided{int(guided)}-{ranks.rank}.safetensors")
         odd = toy_world(path / f"odd{ranks.rank}", top_channels=96, head_dim=32)
-        with pytest.raises(ConfigError, match="1 heads do not divide by 2"):
+        with pytest.raises(ConfigError, match="the deep block's 3 heads do not divide by 2"):
             spread_heads(odd.flow, init_device_mesh("cpu", (2,)))
 
 

@@ -158,7 +158,7 @@ def train(
     """Train codec, flow, denoiser and heads on collected episodes and write a world.
 
     Kill it at any moment and run the same command again: it continues. TensorBoard logs lie in RUN/*/tensorboard.
-    Several processes or GPUs: torchrun --nproc-per-node N -m worldmodel train RECIPE (the flow is sharded over them).
+    Several processes or GPUs: torchrun --nproc-per-node N -m -- worldmodel train RECIPE (FSDP2).
     """
     from worldmodel.files import config_to_dict
     from worldmodel.training.recipes import load_recipe
@@ -209,7 +209,7 @@ def finetune(
     """Fine-tune a world on your data; one without actions learns them (unchanged until it is trained).
 
     Kill it at any moment and run the same command again: it continues. TensorBoard logs lie in RUN/flow/tensorboard.
-    Several processes or GPUs: torchrun --nproc-per-node N -m worldmodel finetune ... (FSDP2).
+    Several processes or GPUs: torchrun --nproc-per-node N -m -- worldmodel finetune ... (FSDP2).
     Adapters are merged into the weights that are written; apart, they stay in RUN/flow.
     """
     from worldmodel.training.finetune import Finetune
@@ -286,7 +286,7 @@ def rollout(
 ) -> None:
     """Imagine a future under random actions, write it as a video, and print its likelihood.
 
-    Several processes or GPUs: torchrun --nproc-per-node N -m worldmodel rollout ... (guidance and heads are spread).
+    Several processes or GPUs: torchrun --nproc-per-node N -m -- worldmodel rollout ... (guidance and heads are spread).
     """
     import numpy as np
     from tqdm import tqdm

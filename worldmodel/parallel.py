@@ -1,6 +1,6 @@
 """One world on several processes: the heads of every transformer spread (tensor parallel), guidance's two streams apart.
 
-``torchrun --nproc-per-node N -m worldmodel rollout ...``. Every process runs the same session and holds the same state,
+``torchrun --nproc-per-node N -m -- worldmodel rollout ...``. Every process runs the same session and holds the same state,
 but for K/V: each keeps those of its own heads. The linear maps are cut here, with an all-reduce behind each attention
 and MLP, and not by DTensor's ``parallelize_module``: that works on a module's ``forward`` and on whole fused matrices,
 while K/V pages and fused paths take plain local tensors, and qkv must be cut head by head.
@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from worldmodel.errors import ConfigError
 from worldmodel.flow.affine import Affine
 from worldmodel.flow.attention import Attention
-from worldmodel.flow.block import MLP
+from worldmodel.flow.block import MLP, Transformer
+from worldmodel.flow.flow import Flow
 from worldmodel.training.parallel import Ranks
 from worldmodel.world import WorldModel
 
@@ -50,30 +51,38 @@ def _rows(linear: nn.Linear, rows: Tensor) -> nn.Linear:
 
 
 @torch.no_grad()
-def spread_heads(flow: nn.Module, mesh: DeviceMesh) -> None:
+def spread_heads(flow: Flow, mesh: DeviceMesh) -> None:
     """Keep this process's heads of every attention, and its share of every MLP, in place.
 
+    A smaller transformer whose heads do not divide by the number of processes stays whole on each.
+
     Raises:
-        ConfigError: the heads of a transformer do not divide by the number of processes.
+        ConfigError: the deep block's heads do not divide.
     """
-    group, rank, size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
-    units = [m for m in flow.modules() if isinstance(m, Attention | MLP)]
-    uneven = [m.heads for m in units if isinstance(m, Attention) and m.heads % size]
-    if uneven:
-        raise ConfigError(
-            f"{uneven[0]} heads do not divide by {size} processes; start another number of them"
-        )
-    for unit in units:
-        if isinstance(unit, Attention):
-            rows = rearrange(torch.arange(unit.qkv.out_features), "(three n r) -> n three r", three=3, n=size)
-            unit.qkv = _rows(unit.qkv, rows[rank].flatten())
-            unit.heads //= size
-            columns = unit.out.weight.chunk(size, dim=1)[rank]
-            unit.out = SummedLinear(columns, unit.out.bias, group)  # type: ignore[assignment]
-        else:
-            unit.up = _rows(unit.up, torch.arange(unit.up.out_features).chunk(size)[rank])
-            columns = unit.down.weight.chunk(size, dim=1)[rank]
-            unit.down = SummedLinear(columns, unit.down.bias, group)  # type: ignore[assignment]
+    size = mesh.size()
+    for transformer in [m for m in flow.modules() if isinstance(m, Transformer)]:
+        units = [m for m in transformer.modules() if isinstance(m, Attention | MLP)]
+        heads = next((m.heads for m in units if isinstance(m, Attention)), size)
+        if heads % size == 0:
+            for unit in units:
+                _cut(unit, mesh.get_local_rank(), size, mesh.get_group())
+        elif transformer is flow.deep.transformer:
+            raise ConfigError(
+                f"the deep block's {heads} heads do not divide by {size} processes; start a number of them that does"
+            )
+
+
+def _cut(unit: Attention | MLP, rank: int, size: int, group: dist.ProcessGroup) -> None:
+    if isinstance(unit, Attention):
+        rows = rearrange(torch.arange(unit.qkv.out_features), "(three n r) -> n three r", three=3, n=size)
+        unit.qkv = _rows(unit.qkv, rows[rank].flatten())
+        unit.heads //= size
+        columns = unit.out.weight.chunk(size, dim=1)[rank]
+        unit.out = SummedLinear(columns, unit.out.bias, group)  # type: ignore[assignment]
+    else:
+        unit.up = _rows(unit.up, torch.arange(unit.up.out_features).chunk(size)[rank])
+        columns = unit.down.weight.chunk(size, dim=1)[rank]
+        unit.down = SummedLinear(columns, unit.down.bias, group)  # type: ignore[assignment]
 
 
 def apart(mesh: DeviceMesh) -> Callable[[Callable[[], Affine], Callable[[], Affine]], tuple[Affine, Affine]]:

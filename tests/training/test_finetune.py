@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +33,7 @@ from worldmodel.training.loop import Interrupted, LoopConfig
 from worldmodel.training.parallel import Ranks
 from worldmodel.world import WorldModel
 
+ROOT = Path(__file__).parents[2]
 TEXT = spaces.Text(64)
 LOOP = LoopConfig(steps=6, lr=1e-3, warmup=1)
 CONFIG = Finetune(
@@ -271,3 +275,46 @@ def test_two_ranks_make_the_world_that_one_makes(tmp_path: Path) -> None:
     alone, both = (load_tensors(tmp_path / n / "flow.safetensors") for n in ("alone", "both"))
     for name, weight in alone.items():
         torch.testing.assert_close(both[name].float(), weight.float(), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_torchrun_stopped_by_ctrl_c_continues_on_one_process(tmp_path: Path) -> None:
+    toy, data, run, out = (tmp_path / n for n in ("toy", "data", "run", "out"))
+    write_toy(toy)
+    write_episodes(data)
+    command = [
+        "-m",
+        "worldmodel",
+        "finetune",
+        str(toy),
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--run",
+        str(run),
+    ]
+    command += ["--steps", "200", "--batch", "4", "--length", "4", "--lora", "2"]
+    # after "--": torchrun would take --run for one of its own options
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "--",
+        *command[1:],
+    ]
+    with (tmp_path / "log").open("w") as log:
+        child = subprocess.Popen(torchrun, cwd=ROOT, stderr=log, stdout=log)
+        deadline = time.monotonic() + 200
+        while "step/s" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=120) != 0
+    assert "run the same command to continue" in (tmp_path / "log").read_text()
+    assert len(list(run.glob("flow/checkpoint-*/run.json"))) == 1
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "world written to" in done.stdout and "bits_per_dim: before" in done.stdout
+    assert WorldModel.load(out).spec.name == "out"

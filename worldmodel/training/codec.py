@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ from worldmodel.training.episodes import Episode, EpisodeDataset, EpisodeSplit
 from worldmodel.training.loop import LoopConfig, Run
 
 MOVED = 12.0  # grey levels by which a pixel must change to count as moving
+SAVE_SECONDS = 60.0
 PIECE = 16  # chunks encoded at once
 NOISES = (0.0, 0.05, 0.1)  # standard deviations at which decoding is measured
 
@@ -296,24 +298,26 @@ def encode_dataset(
     """Encode every episode once, to one safetensors file that `load_latents` reads. Actions that are text are left out.
 
     A codec whose first latent frame is one picture (Wan) begins with frame 0: a latent more than there are chunks.
-    Episodes wait in a folder beside ``path`` until all are there, so an interrupted run continues.
+    Every minute what is done is written beside ``path``, so an interrupted run continues.
 
     Raises:
         DataError: an episode cannot be read.
         CheckpointError: the file cannot be written.
     """
-    waiting = path.with_suffix(".parts")
+    waiting, tensors = path.with_suffix(".parts"), {}
+    for file in sorted(waiting.glob("*.safetensors")):
+        tensors |= load_tensors(file)
+    done, fresh, saved = {int(name.partition("/")[0]) for name in tensors}, {}, time.monotonic()
     for index in tqdm(range(dataset.episodes), desc="encode", unit="episode"):
-        file = waiting / f"{index:06d}.safetensors"
-        if not file.is_file():
-            save_tensors(file, _encoded(codec, dataset.episode(index), dataset.frame_skip, device))
-    tensors = {
-        f"{index:06d}/{name}": tensor
-        for index in range(dataset.episodes)
-        for name, tensor in load_tensors(waiting / f"{index:06d}.safetensors").items()
-    }
-    save_tensors(path, tensors, {"episodes": str(dataset.episodes)})
-    shutil.rmtree(waiting)
+        if index in done:
+            continue
+        parts = _encoded(codec, dataset.episode(index), dataset.frame_skip, device)
+        fresh |= {f"{index:06d}/{name}": tensor for name, tensor in parts.items()}
+        if time.monotonic() - saved > SAVE_SECONDS:
+            save_tensors(waiting / f"{index:06d}.safetensors", fresh)
+            tensors, fresh, saved = tensors | fresh, {}, time.monotonic()
+    save_tensors(path, tensors | fresh, {"episodes": str(dataset.episodes)})
+    shutil.rmtree(waiting, ignore_errors=True)
 
 
 def _encoded(codec: Codec, episode: Episode, skip: int, device: torch.device | str) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Training on many processes with PyTorch's own engine: FSDP2, activation checkpointing, distributed checkpoints.
 
-``torchrun --nproc-per-node N -m worldmodel train ...`` starts N ranks. Every rank draws the same global batch and takes
+``torchrun --nproc-per-node N -m -- worldmodel train ...`` starts N ranks. Every rank draws the same global batch and takes
 its own rows, so a run's batches do not depend on N. Checkpoints are written by `torch.distributed.checkpoint` as
 safetensors shards (its pickled metadata is not used) and load on any number of ranks.
 """
