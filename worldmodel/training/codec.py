@@ -304,10 +304,12 @@ def encode_dataset(
         DataError: an episode cannot be read.
         CheckpointError: the file cannot be written.
     """
-    waiting, tensors = path.with_suffix(".parts"), {}
+    waiting = path.with_suffix(".parts")
+    tensors: dict[str, Tensor] = {}
+    fresh: dict[str, Tensor] = {}
     for file in sorted(waiting.glob("*.safetensors")):
         tensors |= load_tensors(file)
-    done, fresh, saved = {int(name.partition("/")[0]) for name in tensors}, {}, time.monotonic()
+    done, saved = {int(name.partition("/")[0]) for name in tensors}, time.monotonic()
     for index in tqdm(range(dataset.episodes), desc="encode", unit="episode"):
         if index in done:
             continue
