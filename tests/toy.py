@@ -14,6 +14,7 @@ from worldmodel.codec.conv import ConvCodec, ConvCodecConfig
 from worldmodel.codec.wan import WanCodec, WanCodecConfig
 from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
 from worldmodel.condition.spaces import packed_size, space_to_json
+from worldmodel.condition.text import TextConfig
 from worldmodel.flow.flow import Flow, FlowConfig
 from worldmodel.heads import Heads, HeadsConfig
 from worldmodel.world import WorldModel
@@ -86,6 +87,7 @@ def write_toy(
         codec=codec.config,
         actions=actions.config,
         heads=heads.config,
+        text=TextConfig() if flow.config.text_tokens else None,
     )
     rng = np.random.default_rng(seed)
     space.seed(seed)

@@ -17,7 +17,7 @@ import torch
 from gymnasium import spaces
 
 from tests.ranks import on_ranks
-from tests.toy import BOX, FRAME, toy_flow, write_toy
+from tests.toy import BOX, FRAME, toy_flow, write_toy, write_wan_toy
 from worldmodel.checkpoint import read_world
 from worldmodel.condition.actions import ActionEncoder
 from worldmodel.condition.spaces import space_to_json
@@ -247,6 +247,23 @@ def test_the_first_picture_of_a_causal_codec_is_caused_by_no_action(tmp_path: Pa
     np.testing.assert_allclose(data.packed[1:7, 0], dataset.episode(0).actions[:, 0] / 2, atol=1e-6)
     assert data.rewards[:7].tolist() == [0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     assert data.terminated[:7].tolist() == [False] * 6 + [True]
+
+
+def test_a_published_world_learns_in_bfloat16_from_its_first_picture_on(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    toy = write_wan_toy(tmp_path / "toy", dtype="bfloat16")
+    data = write_episodes(tmp_path / "data", spaces.Discrete(3), chunks=4)
+    config = replace(CONFIG, bf16=True)
+    world = finetune(toy, str(data), tmp_path / "run", tmp_path / "out", config)
+    assert world is not None and world.spec.dtype == "bfloat16" and not world.spec.bank
+    stored = load_tensors(tmp_path / "out" / "flow.safetensors")
+    assert {t.dtype for name, t in stored.items() if name.startswith("flow.")} == {torch.bfloat16}
+    assert load_latents(tmp_path / "run" / "latents.safetensors")[0].latents.shape[0] == 5
+    assert world.heads is not None  # the data has rewards
+    clip = EpisodeDataset.open(data).episode(0).frames[None]
+    state, _ = world.observe(world.initial_state([0]), clip[:, :1])
+    _, chunk = world.observe(state, clip[:, 1:5], np.array([2]))
+    assert torch.isfinite(chunk.log_prob).all() and chunk.action_gain.abs().max() > 0
 
 
 def test_the_shipped_world_learns_from_a_few_episodes(tmp_path: Path) -> None:

@@ -322,16 +322,22 @@ def encode_dataset(
     shutil.rmtree(waiting, ignore_errors=True)
 
 
-def _encoded(codec: Codec, episode: Episode, skip: int, device: torch.device | str) -> dict[str, Tensor]:
-    frames, latents, state = torch.from_numpy(episode.frames[None]), [], codec.initial_state(1)
+def pieces(codec: Codec, frames: np.ndarray, skip: int) -> Iterator[Tensor]:
+    """An episode's frames (1 + F K, ...) in pieces (1, n, height, width, 3) of some chunks; frame 0 is left out unless
+    it is the codec's first latent frame.
+    """
     at = 1 if codec.first_frames == codec.temporal_stride else 0
-    while at < frames.shape[1]:
-        stop = PIECE * skip + (
-            1 if at <= 1 else at
-        )  # whole chunks, and the first picture with the first of them
-        piece, state = codec.encode(frames[:, at:stop].to(device), state)
-        latents.append(piece[0].cpu())
+    while at < len(frames):
+        stop = PIECE * skip + (1 if at <= 1 else at)  # the first picture goes with the first chunks
+        yield torch.from_numpy(frames[None, at:stop])
         at = stop
+
+
+def _encoded(codec: Codec, episode: Episode, skip: int, device: torch.device | str) -> dict[str, Tensor]:
+    latents, state = [], codec.initial_state(1)
+    for frames in pieces(codec, episode.frames, skip):
+        piece, state = codec.encode(frames.to(device), state)
+        latents.append(piece[0].cpu())
     named = episode.actions if isinstance(episode.actions, dict) else {"": episode.actions}
     actions = {
         "actions" + (f"/{name}" if name else ""): torch.from_numpy(array)

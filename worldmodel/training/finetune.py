@@ -29,7 +29,7 @@ from worldmodel.files import config_to_dict, load_tensors, read_json, save_tenso
 from worldmodel.flow.attention import Attention
 from worldmodel.flow.block import MLP
 from worldmodel.flow.flow import Flow
-from worldmodel.training.codec import LatentEpisode, encode_dataset, load_latents
+from worldmodel.training.codec import LatentEpisode, encode_dataset, load_latents, pieces
 from worldmodel.training.datasets import converted
 from worldmodel.training.episodes import EpisodeDataset, split_indices
 from worldmodel.training.evaluate import git_revision
@@ -301,14 +301,14 @@ def bits_per_dim(
 @torch.no_grad()
 def codec_psnr(codec: Codec, dataset: EpisodeDataset, episodes: int = 4) -> float:
     """How well the world's codec reproduces the data, in dB over the last few episodes' frames."""
-    begin = 1 if codec.first_frames == codec.temporal_stride else 0
     errors = []
     for index in range(dataset.episodes)[-episodes:]:
-        frames = torch.from_numpy(dataset.episode(index).frames[None, begin:])
-        latents, _ = codec.encode(frames, codec.initial_state(1))
-        back, _ = codec.decode(latents, codec.initial_state(1))
-        errors.append((back.double() - frames.double()).square().mean())
-    return float(10 * torch.log10(255.0**2 / torch.stack(errors).mean().clamp_min(1e-5)))
+        state = codec.initial_state(1)
+        for frames in pieces(codec, dataset.episode(index).frames, dataset.frame_skip):
+            latents, state = codec.encode(frames, state)
+            back, state = codec.decode(latents, state)
+            errors.append((back.double() - frames.double()).square().mean((0, 2, 3, 4)))
+    return float(10 * torch.log10(255.0**2 / torch.cat(errors).mean().clamp_min(1e-5)))
 
 
 def _export(
@@ -327,9 +327,10 @@ def _export(
     encoder = cast(ActionEncoder, parts["actions"]).config if acts else files.spec.actions
     space = space_to_json(dataset.action_space) if acts else files.spec.action_space_json
     same = encoder.packed == files.spec.actions.packed
-    tensors = dict(files.tensors) | {"flow": half_precision(parts)}
+    half = files.spec.dtype == "bfloat16"  # is stored as it is
+    tensors = dict(files.tensors) | {"flow": parts.state_dict() if half else half_precision(parts)}
     heads = files.spec.heads
-    if not same or train.rewards.any() or train.terminated.any():
+    if train.rewards.any() or train.terminated.any() or (heads is not None and not same):
         trained, _ = train_heads(config.heads, train, run / "heads", old_heads if same else None)
         tensors["heads"], heads = half_precision(trained), trained.config
     psnr = codec_psnr(codec, dataset)
@@ -341,6 +342,7 @@ def _export(
         flow=flow.config,
         actions=encoder,
         heads=heads,
+        bank=codec.first_frames == codec.temporal_stride,  # no action has caused a clip's first picture
         environment=dataset.info["collect"],
         provenance={
             "base": files.spec.name,
@@ -353,9 +355,9 @@ def _export(
         },
         quality={"codec": {"psnr": psnr}} | ({"bits_per_dim": quality} if quality else {}),
     )
-    starts = bank_of_starts(dataset, 32, 3, config.loop.seed)
+    starts = bank_of_starts(dataset, 32, 3, config.loop.seed) if spec.bank else {}
     if not acts:
-        starts = {"frames": starts["frames"]}
+        starts = {k: v for k, v in starts.items() if k == "frames"}
     write_world(out, spec, tensors, starts, card(spec.name, files.spec.name, source, spec.quality))
 
 
