@@ -14,6 +14,7 @@ from worldmodel.codec.conv import ConvCodec, ConvCodecConfig
 from worldmodel.codec.wan import WanCodec, WanCodecConfig
 from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
 from worldmodel.condition.spaces import packed_size, space_to_json
+from worldmodel.condition.text import TextConfig
 from worldmodel.flow.flow import Flow, FlowConfig
 from worldmodel.heads import Heads, HeadsConfig
 from worldmodel.world import WorldModel
@@ -75,7 +76,7 @@ def write_toy(
     randomise(codec, seed, 1.0)
     cells = frame[0] // codec.spatial_stride, frame[1] // codec.spatial_stride
     packed = packed_size(space)
-    actions = ActionEncoder(ActionEncoderConfig(packed, flow.config.action_features))
+    actions = ActionEncoder(ActionEncoderConfig(packed, flow.config.action_features or 8))
     heads = Heads(HeadsConfig(flow.config.in_channels * cells[0] * cells[1], packed, 16))
     spec = WorldSpec(
         name="toy",
@@ -86,6 +87,7 @@ def write_toy(
         codec=codec.config,
         actions=actions.config,
         heads=heads.config,
+        text=TextConfig() if flow.config.text_tokens else None,
     )
     rng = np.random.default_rng(seed)
     space.seed(seed)
@@ -98,7 +100,9 @@ def write_toy(
             for name, key in keys.items()
         },
     }
-    parts = nn.ModuleDict({"flow": flow, "actions": actions})
+    if not packed:  # conditioned on prompts alone
+        starts = {"frames": starts["frames"]}
+    parts = nn.ModuleDict({"flow": flow, "actions": actions} if packed else {"flow": flow})
     tensors = {"flow": half_precision(parts), "codec": half_precision(codec), "heads": half_precision(heads)}
     write_world(path, spec, tensors, starts, "# toy\n")
     return path
