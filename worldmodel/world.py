@@ -77,6 +77,8 @@ class Score:
     log_prob: log-mean-exp over draws of the density of x~, nats. rate: mean over draws of -log_prob, nats a chunk.
     bits_per_dim: ``rate`` in bits per latent dimension. action_gain: mean over draws, nats. noise_square: mean over
     draws and dimensions of z^2 (1 in expectation for what the model knows).
+    noise: (B, C, h, w) mean over draws of z, what of it the chunk and not the added noise has caused.
+    log_prob_map: (B, h, w) nats a latent cell, mean over draws, summing to ``-rate``.
     """
 
     log_prob: Tensor
@@ -84,6 +86,8 @@ class Score:
     bits_per_dim: Tensor
     action_gain: Tensor
     noise_square: Tensor
+    noise: Tensor
+    log_prob_map: Tensor
 
 
 class WorldModel:
@@ -355,23 +359,41 @@ class WorldModel:
 
     @torch.no_grad()
     def score(
-        self, state: WorldState, frames: np.ndarray | Tensor, action: Any = None, draws: int = 1
+        self,
+        state: WorldState,
+        frames: np.ndarray | Tensor,
+        action: Any = None,
+        draws: int = 1,
+        noise: Tensor | None = None,
     ) -> Score:
         """How likely a real chunk is, without changing anything; see `Score`. Draw 0 is what `observe` would add.
 
+        ``frames`` as in `observe`, or their latent (B, C, h, w) float32 as in `Chunk.latent`, which spares the codec.
+        ``noise``: (B, C, h, w) is added, times the model's noise level, in place of the session's own; zero noise gives
+        the density at the latent itself.
+
         Raises:
-            InputError: wrong shape, dtype or range, or draws < 1.
+            InputError: wrong shape, dtype or range, draws < 1, or several draws of a given noise.
         """
         if draws < 1:
             raise InputError(f"draws is {draws}, expected at least 1")
+        if noise is not None and (draws > 1 or tuple(noise.shape) != (state.rows, *self.latent_shape)):
+            raise InputError(
+                f"noise has shape {tuple(noise.shape)} for {draws} draws, expected {(state.rows, *self.latent_shape)} for 1"
+            )
         packed, features = self._action(action, state.rows)
-        _, latent, _ = self._encode(state, frames)
+        if isinstance(frames, Tensor) and tuple(frames.shape) == (state.rows, *self.latent_shape):
+            latent = frames.to(self.device, torch.float32)
+        else:
+            _, latent, _ = self._encode(state, frames)
         context = self._room(state.context, self.spec.sampling, reserve=False)
         results = []
         for draw in range(draws):
             stream = OBSERVE if draw == 0 else SCORE
-            noise = normal(state.seeds, state.branches, state.steps, stream, self.latent_shape, draw)
-            x = self.flow.tokens((latent + self.flow.config.noise_std * noise.to(self.device))[:, None])
+            drawn = noise
+            if drawn is None:
+                drawn = normal(state.seeds, state.branches, state.steps, stream, self.latent_shape, draw)
+            x = self.flow.tokens((latent + self.flow.config.noise_std * drawn.to(self.device))[:, None])
             reserved = self.flow.deep.reserve(context)
             _, chunk = self._commit(state, reserved, x, features, packed, 0.0)
             self.flow.deep.release(reserved)
@@ -384,6 +406,8 @@ class WorldModel:
             rate / (math.prod(self.latent_shape) * math.log(2.0)),
             torch.stack([c.action_gain for c in results]).mean(0),
             torch.stack([c.noise.double().square().mean((1, 2, 3)).cpu() for c in results]).mean(0),
+            torch.stack([c.noise for c in results]).mean(0),
+            torch.stack([c.log_prob_map for c in results]).mean(0),
         )
 
     def infer_noise(self, state: WorldState, frames: np.ndarray | Tensor, action: Any = None) -> Tensor:

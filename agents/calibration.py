@@ -1,0 +1,195 @@
+"""From channel values to p-values, a drift statistic and alarms, as calibrated on normal episodes. No model in it.
+
+Axis letters: E normal episodes, B episodes, T chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from agents.channels import Channel
+from agents.conformal import COMBINATIONS, Sides, Tail, episode_threshold, episodes_needed
+from worldmodel import ConfigError, InputError
+
+FOLDS = 5
+"""Parts of the normal episodes; each one's largest statistics come from tables of the others."""
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """warmup: first chunks that are not judged, for want of a past. combination: of the channels' p-values
+    (`COMBINATIONS`). channels: those combined, () for all. span: chunks that recent evidence is averaged over.
+    drift: nats a chunk that the CUSUM forgives; normal evidence averages 1. cap: nats of one chunk that it counts at most.
+    """
+
+    warmup: int = 2
+    combination: str = "fisher"
+    channels: tuple[str, ...] = ()
+    span: int = 6
+    drift: float = 2.0
+    cap: float = 8.0
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for values that cannot be used."""
+        if self.combination not in COMBINATIONS:
+            raise ConfigError(f"no combination {self.combination!r}; choose from {', '.join(COMBINATIONS)}")
+        if self.warmup < 0 or self.span < 1 or not self.drift > 0 or not self.cap > self.drift:
+            raise ConfigError(
+                f"warmup {self.warmup}, span {self.span}, drift {self.drift}, cap {self.cap}: expected >= 0, >= 1, "
+                "> 0, > drift"
+            )
+
+
+class Tracked(NamedTuple):
+    """What is remembered of B episodes. chunk: how many were seen. evidence: (B, <= span) nats of the last ones judged.
+    drift: (B,) the CUSUM. since: (B,) the chunk at which it last left zero, -1 while it is zero.
+    """
+
+    chunk: int
+    evidence: np.ndarray
+    drift: np.ndarray
+    since: np.ndarray
+
+
+class Verdict(NamedTuple):
+    """Of one chunk of B episodes, (B,) each unless said otherwise.
+
+    p_value: the chunk's, from what it shows and what the last ones did. channels: (B, channels) p-values.
+    evidence: minus log of the p-value of this chunk alone, nats. drift: the CUSUM of evidence. instant, drifting: the two
+    alarms. onset: the chunk at which the anomaly began, by the alarm that rings; -1 where none does.
+    """
+
+    p_value: np.ndarray
+    channels: np.ndarray
+    evidence: np.ndarray
+    drift: np.ndarray
+    instant: np.ndarray
+    drifting: np.ndarray
+    onset: np.ndarray
+
+
+def start(episodes: int) -> Tracked:
+    """Nothing seen yet."""
+    return Tracked(0, np.zeros((episodes, 0)), np.zeros(episodes), np.full(episodes, -1))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Tables of normal values, and the limits above which evidence and drift raise an alarm."""
+
+    config: MonitorConfig
+    channels: tuple[Channel, ...]
+    sides: tuple[Sides, ...]
+    instant: Tail
+    recent: Tail
+    chunk: Tail
+    evidence_limit: float = np.inf
+    drift_limit: float = np.inf
+
+    @classmethod
+    def fit(
+        cls, config: MonitorConfig, channels: tuple[Channel, ...], values: list[np.ndarray], alpha: float
+    ) -> Calibration:
+        """From the values (T, channels) of E normal episodes; alpha: the false-alarm rate an *episode*.
+
+        An episode's largest evidence and drift, by tables of the other folds, are turned into ranks among all episodes;
+        the smaller rank is what split conformal bounds, so that both alarms together ring in a share alpha of episodes.
+
+        Raises:
+            InputError: too few episodes for alpha; it says how many are needed.
+        """
+        cls.check(len(values), alpha)
+        short = [i for i, v in enumerate(values) if len(v) <= config.warmup]
+        if short:
+            raise InputError(
+                f"normal episode {short[0]} has {len(values[short[0]])} chunks, expected more than {config.warmup}"
+            )
+        maxima = np.zeros((len(values), 2))
+        for fold in range(FOLDS):
+            tables = cls._tables(config, channels, [v for i, v in enumerate(values) if i % FOLDS != fold])
+            for i in range(fold, len(values), FOLDS):
+                _, verdicts = tables.judge_episode(values[i])
+                maxima[i] = verdicts.evidence.max(), verdicts.drift.max()
+        order = np.sort(maxima, axis=0)
+        rank = np.stack([np.searchsorted(order[:, k], maxima[:, k]) for k in range(2)], axis=1).max(1)
+        place = min(int(episode_threshold(rank, alpha)), len(values) - 1)
+        return replace(
+            cls._tables(config, channels, values),
+            evidence_limit=float(order[place, 0]),
+            drift_limit=float(order[place, 1]),
+        )
+
+    @staticmethod
+    def check(episodes: int, alpha: float) -> None:
+        """Raises InputError where so many normal episodes are too few for alpha; it says how many are needed."""
+        needed = episodes_needed(alpha)
+        if episodes < needed:
+            raise InputError(
+                f"{episodes} normal episodes, alpha {alpha:g} needs at least {needed}; collect {needed - episodes} more "
+                "or ask for a larger alpha"
+            )
+
+    @classmethod
+    def _tables(
+        cls, config: MonitorConfig, channels: tuple[Channel, ...], values: list[np.ndarray]
+    ) -> Calibration:
+        judged = [v[config.warmup :] for v in values]
+        flat = np.concatenate(judged)
+        sides = tuple(Sides.fit(flat[:, k], c.two_sided) for k, c in enumerate(channels))
+        nothing = Tail.fit(np.zeros(2))
+        tables = cls(config, channels, sides, nothing, nothing, nothing)
+        tables = replace(tables, instant=Tail.fit(tables._combined(tables._p_values(flat))))
+        evidence = [tables._evidence(v) for v in judged]
+        averages = [
+            np.array([e[max(0, t + 1 - config.span) : t + 1].mean() for t in range(len(e))]) for e in evidence
+        ]
+        tables = replace(tables, recent=Tail.fit(np.concatenate(averages)))
+        both = tables._both(np.concatenate(evidence), np.concatenate(averages))
+        return replace(tables, chunk=Tail.fit(both))
+
+    def _p_values(self, values: np.ndarray) -> np.ndarray:
+        """(..., channels) from values of that shape."""
+        return np.stack([side.p_value(values[..., k]) for k, side in enumerate(self.sides)], axis=-1)
+
+    def _combined(self, p_values: np.ndarray) -> np.ndarray:
+        wanted = self.config.channels
+        picked = [k for k, c in enumerate(self.channels) if not wanted or c.name in wanted]
+        return COMBINATIONS[self.config.combination](p_values[..., picked])
+
+    def _evidence(self, values: np.ndarray) -> np.ndarray:
+        return -np.log(self.instant.survival(self._combined(self._p_values(values))))
+
+    def _both(self, evidence: np.ndarray, average: np.ndarray) -> np.ndarray:
+        """What this chunk shows and what the recent ones do, as one statistic."""
+        p = np.stack((np.exp(-evidence), self.recent.survival(average)), axis=-1)
+        return COMBINATIONS["fisher"](p)
+
+    def judge(self, tracked: Tracked, values: np.ndarray) -> tuple[Tracked, Verdict]:
+        """One chunk of B episodes: values (B, channels). During the warm-up every p-value is 1."""
+        config, rows = self.config, len(values)
+        if tracked.chunk < config.warmup:
+            ones, zeros = np.ones(rows), np.zeros(rows)
+            never, unknown = np.zeros(rows, dtype=bool), np.full(rows, -1)
+            verdict = Verdict(ones, np.ones(values.shape), zeros, zeros, never, never, unknown)
+            return tracked._replace(chunk=tracked.chunk + 1), verdict
+        p_values = self._p_values(values)
+        evidence = -np.log(self.instant.survival(self._combined(p_values)))
+        history = np.concatenate((tracked.evidence, evidence[:, None]), axis=1)[:, -config.span :]
+        p = self.chunk.survival(self._both(evidence, history.mean(1)))
+        drift = np.maximum(0.0, tracked.drift + np.minimum(evidence, config.cap) - config.drift)
+        since = np.where(drift > 0, np.where(tracked.since < 0, tracked.chunk, tracked.since), -1)
+        instant, drifting = evidence > self.evidence_limit, drift > self.drift_limit
+        onset = np.where(drifting, since, np.where(instant, tracked.chunk, -1))
+        after = Tracked(tracked.chunk + 1, history, drift, since)
+        return after, Verdict(p, p_values, evidence, drift, instant, drifting, onset)
+
+    def judge_episode(self, values: np.ndarray) -> tuple[Tracked, Verdict]:
+        """All chunks of one episode, values (T, channels): a verdict with T in place of B."""
+        tracked, verdicts = start(1), []
+        for row in values:
+            tracked, verdict = self.judge(tracked, row[None])
+            verdicts.append(verdict)
+        return tracked, Verdict(*(np.concatenate(parts) for parts in zip(*verdicts, strict=True)))
