@@ -11,13 +11,21 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
 
+from worldmodel import InputError
 from worldmodel.training.episodes import Episode
+from worldmodel.training.policies import WIDE_STARTS, pendulum_anywhere
 
 ONSET = (10, 17)
 """The chunk with which a perturbation begins is drawn from this range."""
 EVERY = 8
 """An event of a single chunk comes again after so many chunks."""
+
+FOREVER = 10_000
+"""Chunks of an episode that has no end of its own."""
+ENV_ID = "agents.perturbations:PerturbedPendulum-v0"
+"""For `gymnasium.make` and `CollectConfig`, with ``perturbation`` among the arguments."""
 
 Simulator = Any
 Change = Callable[[Simulator, np.random.Generator], None]
@@ -40,64 +48,74 @@ class Perturbation:
     command: Command | None = None
     picture: Picture | None = None
 
-    def begins(self, chunks: int, rng: np.random.Generator) -> np.ndarray:
-        """(n,) the chunks at which it (re)appears in an episode of so many chunks."""
-        first = int(rng.integers(*ONSET))
+    def begins(self, chunks: int, seed: int) -> np.ndarray:
+        """(n,) the chunks at which it (re)appears in the episode of that seed; all of so many chunks may follow."""
+        first = int(np.random.default_rng((seed, 1)).integers(*ONSET))
         return np.array([first]) if self.lasting else np.arange(first, chunks, EVERY)
 
-    def labels(self, chunks: int, begins: np.ndarray) -> np.ndarray:
+    def labels(self, chunks: int, seed: int) -> np.ndarray:
         """(K,) int: 1 for chunks that it acts in, 0 before the first, -1 for those in between, which count as neither."""
-        index = np.arange(chunks)
+        index, begins = np.arange(chunks), self.begins(chunks, seed)
         if self.lasting:
             return (index >= begins[0]).astype(np.int64)
         return np.where(np.isin(index, begins), 1, np.where(index < begins[0], 0, -1))
 
 
-class PerturbedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """A simulator that goes wrong before the given chunks (of ``frame_skip`` steps); its own values come back at reset."""
+class PerturbedPendulum(PendulumEnv):
+    """Pendulum-v1 that goes wrong at the beginning of some chunks of ``chunk_steps`` steps, which the reset's seed sets.
 
-    def __init__(
-        self,
-        env: gymnasium.Env[Any, Any],
-        perturbation: Perturbation,
-        begins: np.ndarray,
-        frame_skip: int,
-        rng: np.random.Generator,
-    ) -> None:
-        super().__init__(env)
-        self.perturbation, self.rng = perturbation, rng
-        self.steps_of_change = {int(chunk) * frame_skip for chunk in begins}
-        self.taken = 0
+    Raises:
+        InputError: no such perturbation, or one of the camera.
+    """
+
+    def __init__(self, perturbation: str, chunk_steps: int = 4, render_mode: str | None = None) -> None:
+        super().__init__(render_mode=render_mode)
+        known = [p.name for p in PERTURBATIONS.values() if p.picture is None]
+        if perturbation not in known:
+            raise InputError(
+                f"no perturbation {perturbation!r} of the simulator; choose from {', '.join(known)}"
+            )
+        self.perturbation, self.chunk_steps = PERTURBATIONS[perturbation], chunk_steps
+        self.normal = {"g": self.g, "m": self.m}
+        self.taken, self.begins = 0, np.zeros(0, dtype=np.int64)
+        self.rng = np.random.default_rng(0)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """As the environment."""
-        self.taken = 0
-        return self.env.reset(seed=seed, options=options)
+        """As Pendulum-v1; everything is right again."""
+        for name, value in self.normal.items():
+            setattr(self, name, value)
+        seed = int(self.np_random.integers(2**31)) if seed is None else seed
+        self.taken, self.begins = 0, self.perturbation.begins(FOREVER, seed)
+        self.rng = np.random.default_rng((seed, 2))
+        return super().reset(seed=seed, options=options)
 
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """As the environment, but for what goes wrong."""
-        if self.taken in self.steps_of_change and self.perturbation.change is not None:
-            self.perturbation.change(self.env.unwrapped, self.rng)
-        if self.taken >= min(self.steps_of_change) and self.perturbation.command is not None:
-            action = self.perturbation.command(action, self.env.action_space)
+    def step(self, u: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """As Pendulum-v1, but for what goes wrong."""
+        chunk, within = divmod(self.taken, self.chunk_steps)
+        if within == 0 and chunk in self.begins and self.perturbation.change is not None:
+            self.perturbation.change(self, self.rng)
+        if chunk >= self.begins[0] and self.perturbation.command is not None:
+            u = self.perturbation.command(u, self.action_space)
         self.taken += 1
-        return self.env.step(action)
+        return super().step(u)
 
 
 def perturb_pictures(
-    episode: Episode,
-    perturbation: Perturbation,
-    begins: np.ndarray,
-    frame_skip: int,
-    rng: np.random.Generator,
+    episode: Episode, perturbation: Perturbation, frame_skip: int
 ) -> tuple[Episode, np.ndarray]:
-    """The episode as a camera that goes wrong shows it, and the mask (height, width) of the pixels it changes."""
-    assert perturbation.picture is not None
-    frames = episode.frames.copy()
+    """The episode as a camera that goes wrong shows it, and the mask (height, width) of the pixels it changes.
+
+    Raises:
+        InputError: a perturbation of the simulator.
+    """
+    if perturbation.picture is None:
+        raise InputError(f"{perturbation.name} is of the simulator, not of the camera")
+    seed, frames = int(episode.meta["seed"]), episode.frames.copy()
+    rng = np.random.default_rng((seed, 2))
     mask = np.zeros(frames.shape[1:3], dtype=bool)
-    for begin in begins:
+    for begin in perturbation.begins(len(episode.rewards), seed):
         first = 1 + frame_skip * int(begin)
         last = len(frames) if perturbation.lasting else first + frame_skip
         frames[first:last], mask = perturbation.picture(frames[first:last], frames[first - 1], rng)
@@ -191,3 +209,6 @@ PERTURBATIONS: dict[str, Perturbation] = {
     )
 }
 """The rows of the table, by name."""
+
+gymnasium.register(ENV_ID.split(":")[1], entry_point=PerturbedPendulum)
+WIDE_STARTS[ENV_ID] = pendulum_anywhere
