@@ -88,6 +88,8 @@ class AnomalyMonitor:
         self.world = world
         self.config = config or MonitorConfig()
         self.calibration: Calibration | None = None
+        self._actions = self.config.actions and world.actions is not None
+        self._channels = channels_of(world, self._actions)
         self._alpha = 0.0
         self._values: list[np.ndarray] = []
         self._heat = HeatScale(np.ones(world.latent_shape[1:]), np.ones(world.spec.frame_size))
@@ -103,7 +105,7 @@ class AnomalyMonitor:
             InputError: too few episodes for alpha (it says how many are needed), or of the wrong shape.
         """
         for i, clip in enumerate(normal_episodes):
-            check_clip(self.world, Clip(*clip), f"normal episode {i}")
+            check_clip(self.world, Clip(*clip), self._actions, f"normal episode {i}")
         Calibration.check(len(normal_episodes), alpha)
         clips = [Clip(*clip) for clip in normal_episodes]
         values: list[np.ndarray] = [np.zeros(0)] * len(clips)
@@ -115,7 +117,7 @@ class AnomalyMonitor:
         self._adopt(values, alpha, HeatScale.fit(np.stack(cells), np.stack(pixels)))
 
     def _adopt(self, values: list[np.ndarray], alpha: float, heat: HeatScale) -> None:
-        self.calibration = Calibration.fit(self.config, channels_of(self.world), values, alpha)
+        self.calibration = Calibration.fit(self.config, self._channels, values, alpha)
         self._alpha, self._values, self._heat = alpha, values, heat
         self.reset()
 
@@ -139,6 +141,11 @@ class AnomalyMonitor:
             InputError: not calibrated, or the wrong shape, dtype or range; the monitor is then as before.
         """
         calibration = self._calibrated()
+        if (action is not None) != self._actions:
+            raise InputError(
+                f"action is {action!r:.40}, but the monitor is {'' if self._actions else 'not '}to know actions; see "
+                "MonitorConfig.actions"
+            )
         batch = {k: np.asarray(v)[None] for k, v in action.items()} if isinstance(action, dict) else action
         if not isinstance(action, dict) and action is not None:
             batch = np.asarray(action)[None]
@@ -163,7 +170,7 @@ class AnomalyMonitor:
         """
         calibration = self._calibrated()
         for i, clip in enumerate(clips):
-            check_clip(self.world, Clip(*clip), f"episode {i}")
+            check_clip(self.world, Clip(*clip), self._actions, f"episode {i}")
         records: list[list[AnomalyRecord]] = [[] for _ in clips]
         for i, seen in measure_clips(self.world, clips, "score", MONITOR_SEED, progress):
             _, verdict = calibration.judge_episode(seen.values)
@@ -180,7 +187,7 @@ class AnomalyMonitor:
             chunk,
             max(0.0, -float(np.log10(p_value))),
             p_value,
-            {c.name: float(p) for c, p in zip(channels_of(self.world), verdict.channels[row], strict=True)},
+            {c.name: float(p) for c, p in zip(self._channels, verdict.channels[row], strict=True)},
             float(verdict.evidence[row]),
             float(verdict.drift[row]),
             bool(verdict.instant[row]),
@@ -202,7 +209,7 @@ class AnomalyMonitor:
             "world": self.world.fingerprint,
             "alpha": self._alpha,
             "config": config_to_dict(self.config),
-            "channels": [c.name for c in channels_of(self.world)],
+            "channels": [c.name for c in self._channels],
         }
         tensors = {
             "values": np.concatenate(self._values),
@@ -229,12 +236,12 @@ class AnomalyMonitor:
                 )
             if header["world"] != world.fingerprint:
                 raise CheckpointError(f"{path}: calibrated with another world; calibrate again with this one")
-            channels = [c.name for c in channels_of(world)]
-            if header["channels"] != channels:
-                raise CheckpointError(f"{path}: other channels than {', '.join(channels)}; calibrate again")
             arrays = {k: v.double().numpy() for k, v in tensors.items()}
             lengths = arrays["lengths"].astype(int)
             monitor = cls(world, config_from_dict(MonitorConfig, header["config"], str(path)))
+            channels = [c.name for c in monitor._channels]
+            if header["channels"] != channels:
+                raise CheckpointError(f"{path}: other channels than {', '.join(channels)}; calibrate again")
             if arrays["values"].shape != (lengths.sum(), len(channels)) or (lengths < 1).any():
                 raise ValueError("values and lengths do not agree")
             if not all(np.isfinite(a).all() for a in arrays.values()):

@@ -23,6 +23,7 @@ class MonitorConfig:
     """warmup: first chunks that are not judged, for want of a past. combination: of the channels' p-values
     (`COMBINATIONS`). channels: those combined, () for all. span: chunks that recent evidence is averaged over.
     drift: nats a chunk that the CUSUM forgives; normal evidence averages 1. cap: nats of one chunk that it counts at most.
+    actions: they are known; without them a chunk is judged given the past alone.
     """
 
     warmup: int = 2
@@ -31,6 +32,7 @@ class MonitorConfig:
     span: int = 6
     drift: float = 2.0
     cap: float = 8.0
+    actions: bool = True
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be used."""

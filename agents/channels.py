@@ -21,7 +21,10 @@ BATCH = 64
 
 
 class Clip(NamedTuple):
-    """Real chunks and what caused them: frames (T, F, height, width, 3) uint8, actions (T, ...), a dict of such, or None."""
+    """Real chunks and what caused them.
+
+    frames: (T, F, height, width, 3) uint8. actions: (T, ...), a dict of such, or None where they are not known.
+    """
 
     frames: np.ndarray
     actions: Any
@@ -59,14 +62,15 @@ no noise added: z then holds what the *chunk* does that the world did not expect
 its largest |z|."""
 
 
-def channels_of(world: WorldModel) -> tuple[Channel, ...]:
-    """The channels that a world has."""
-    return tuple(c for c in CHANNELS if world.actions is not None or not c.needs_actions)
+def channels_of(world: WorldModel, actions: bool = True) -> tuple[Channel, ...]:
+    """The channels that a world has, where actions are known or not."""
+    return tuple(c for c in CHANNELS if (actions and world.actions is not None) or not c.needs_actions)
 
 
 class Measurement(NamedTuple):
-    """B chunks. values: (B, channels) float64. cells: (B, h, w) float32, sum over C of clean z^2. pixels: (B, height, width)
-    float32, squared grey levels that the codec misses the frames by, mean over frames and colours.
+    """B chunks. values: (B, channels) float64. cells: (B, h, w) float32, sum over C of clean z^2.
+
+    pixels: (B, height, width) float32, squared grey levels that the codec misses the frames by, mean over F and colours.
     """
 
     values: np.ndarray
@@ -98,7 +102,9 @@ def measure(
         "clean_peak": square.amax((1, 2, 3)).sqrt(),
         "clean_action_loss": -clean.action_gain,
     }
-    values = torch.stack([named[c.name].cpu().double() for c in channels_of(world)], dim=1)
+    values = torch.stack(
+        [named[c.name].cpu().double() for c in channels_of(world, actions is not None)], dim=1
+    )
     return after, Measurement(values.numpy(), square.sum(1).cpu().numpy(), pixels.cpu().numpy())
 
 
@@ -143,14 +149,20 @@ def _stack(actions: list[Any], t: int) -> Any:
     return np.stack([a[t] for a in actions])
 
 
-def check_clip(world: WorldModel, clip: Clip, where: str) -> None:
-    """Raises InputError for frames of another shape or dtype, an empty clip, or actions of another length."""
-    frames, actions = clip
+def check_clip(world: WorldModel, clip: Clip, actions: bool, where: str) -> None:
+    """Raises InputError for frames of another shape or dtype, an empty clip, or actions that are absent or too many."""
+    frames = clip.frames
     expected = world.frames_shape
     if frames.dtype != np.uint8 or frames.ndim != 5 or frames.shape[1:] != expected or not len(frames):
         raise InputError(
             f"{where}: frames are {frames.dtype} {frames.shape}, expected uint8 (T, *{expected})"
         )
-    parts = list(actions.values()) if isinstance(actions, dict) else [actions]
-    if any(part is not None and len(part) != len(frames) for part in parts):
+    known = clip.actions is not None
+    if known != actions:
+        raise InputError(
+            f"{where}: actions are {'given' if known else 'not given'}, but the monitor is "
+            f"{'' if actions else 'not '}to know them; see MonitorConfig.actions"
+        )
+    parts = list(clip.actions.values()) if isinstance(clip.actions, dict) else [clip.actions]
+    if known and any(len(part) != len(frames) for part in parts):
         raise InputError(f"{where}: {len(frames)} chunks, but actions of another length")

@@ -1,4 +1,4 @@
-"""The statistics of a monitor: p-values against normal values, their combination, thresholds by episodes. No model in it."""
+"""The statistics of a monitor: p-values against normal values, combined; thresholds by episodes. No model in it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ COMBINATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "fisher": _fisher,
     "harmonic": _harmonic,
 }
-"""p-values (..., channels) to one statistic (...), larger the less normal; dependent channels are why it is calibrated again."""
+"""p-values (..., channels) to one statistic (...), larger the less normal; to be calibrated again, as channels depend."""
 
 
 def episodes_needed(alpha: float) -> int:
