@@ -121,6 +121,26 @@ class AnomalyMonitor:
         self._alpha, self._values, self._heat = alpha, values, heat
         self.reset()
 
+    @property
+    def alpha(self) -> float:
+        """The false-alarm rate an episode that it is calibrated to.
+
+        Raises:
+            InputError: not calibrated.
+        """
+        self._calibrated()
+        return self._alpha
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Evidence and statistic, nats, above which the instant and the drift alarm ring.
+
+        Raises:
+            InputError: not calibrated.
+        """
+        calibration = self._calibrated()
+        return calibration.evidence_limit, calibration.drift_limit
+
     def _calibrated(self) -> Calibration:
         if self.calibration is None:
             raise InputError(

@@ -170,7 +170,7 @@ def noise(frames: np.ndarray, before: np.ndarray, rng: np.random.Generator) -> t
 def patch(frames: np.ndarray, before: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """A grey square of 12 pixels at a random place."""
     mask = np.zeros(frames.shape[1:3], dtype=bool)
-    row, column = (int(rng.integers(size - 12)) for size in mask.shape)
+    row, column = rng.integers(0, np.array(mask.shape) - 12)
     mask[row : row + 12, column : column + 12] = True
     return np.where(mask[None, :, :, None], np.uint8(128), frames), mask
 
@@ -210,5 +210,5 @@ PERTURBATIONS: dict[str, Perturbation] = {
 }
 """The rows of the table, by name."""
 
-gymnasium.register(ENV_ID.split(":")[1], entry_point=PerturbedPendulum)
+gymnasium.register(ENV_ID.split(":")[1], entry_point="agents.perturbations:PerturbedPendulum")
 WIDE_STARTS[ENV_ID] = pendulum_anywhere

@@ -347,6 +347,48 @@ def play(
     run(env, zoom=zoom, seed=seed, noop=env.noop_action)
 
 
+@app.command()
+def monitor(
+    source: Annotated[
+        Path, typer.Argument(help="A directory of episodes, a video file, or a directory of videos.")
+    ],
+    world: Annotated[str, typer.Option(help="The world that knows what is normal.")] = "pendulum",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Normal episodes or videos, or a saved monitor (.safetensors); default: 200 fresh episodes of the "
+            "world's own environment. Calibrates once: the monitor is kept in the cache folder."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to; default monitor/SOURCE.")] = None,
+    alpha: Annotated[float, typer.Option(help="Share of normal episodes that may raise an alarm.")] = 0.05,
+    videos: Annotated[int, typer.Option(help="Overlay videos, of the strangest episodes.")] = 4,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the JSON instead of a line an episode.")
+    ] = False,
+) -> None:
+    """Judge real episodes by a world's likelihood: alarms, scores, heat maps; JSON, CSV, a plot and overlay videos.
+
+    A video holds no actions, so it is judged given its past alone; compression is strange to a monitor that was
+    calibrated on lossless episodes, so calibrate on normal videos of the same camera.
+    """
+    from agents.monitoring import default_out, monitor_source
+    from worldmodel.world import WorldModel
+
+    folder = out or default_out(source)
+    numbers = monitor_source(WorldModel.load(world), source, calibration, folder, alpha, videos)
+    if as_json:
+        print(json.dumps(numbers, indent=2))
+    else:
+        for row in numbers["results"]:
+            alarm = f"ALARM at chunk {row['first_alarm_chunk']}" if row["alarm"] else "normal"
+            print(
+                f"{row['name']}  {alarm}, highest score {row['highest_score']:.1f} ({row['strangest_channel']})"
+            )
+        print(f"{numbers['episodes_with_alarm']} of {numbers['episodes']} episodes raised an alarm")
+    print(f"written to {folder}", file=sys.stderr)
+
+
 def main() -> NoReturn:
     """Entry point: every error of ours is one line; Ctrl-C is quiet."""
     from worldmodel.errors import WorldModelError

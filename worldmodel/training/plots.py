@@ -21,7 +21,12 @@ STYLE = {
 }
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -46,7 +51,7 @@ def plot_report(report: Report, folder: Path) -> None:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    plt = _pyplot()
+    plt = load_pyplot()
     numbers = report.numbers
     figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
     ways = numbers["pictures"]
