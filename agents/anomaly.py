@@ -6,7 +6,7 @@ Axis letters: T chunks, F pixel frames of a chunk; h, w latent grid; height, wid
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,8 @@ class HeatScale:
 class AnomalyMonitor:
     """Watches one session: `calibrate` (or `load`), `reset`, then `step` chunk by chunk.
 
-    ``calibration`` is None until then. Cannot tell anomalies apart from normal behaviour that calibration did not show.
+    ``calibration`` is None until then; ``heat`` is the scale of heat maps. What calibration did not show is anomalous to it,
+    be it wrong or only new.
     """
 
     def __init__(self, world: WorldModel, config: MonitorConfig | None = None) -> None:
@@ -92,7 +93,7 @@ class AnomalyMonitor:
         self._channels = channels_of(world, self._actions)
         self._alpha = 0.0
         self._values: list[np.ndarray] = []
-        self._heat = HeatScale(np.ones(world.latent_shape[1:]), np.ones(world.spec.frame_size))
+        self.heat = HeatScale(np.ones(world.latent_shape[1:]), np.ones(world.spec.frame_size))
         self.reset()
 
     # ---- calibration ------------------------------------------------------------------------------------------------
@@ -118,8 +119,21 @@ class AnomalyMonitor:
 
     def _adopt(self, values: list[np.ndarray], alpha: float, heat: HeatScale) -> None:
         self.calibration = Calibration.fit(self.config, self._channels, values, alpha)
-        self._alpha, self._values, self._heat = alpha, values, heat
+        self._alpha, self._values, self.heat = alpha, values, heat
         self.reset()
+
+    def with_config(self, config: MonitorConfig) -> AnomalyMonitor:
+        """A monitor calibrated on the same episodes with another configuration; nothing is measured again.
+
+        Raises:
+            InputError: not calibrated, or a configuration that differs in whether actions are known.
+        """
+        self._calibrated()
+        if config.actions != self.config.actions:
+            raise InputError("the channels of monitors with and without actions differ; calibrate a new one")
+        other = AnomalyMonitor(self.world, config)
+        other._adopt(self._values, self._alpha, self.heat)
+        return other
 
     @property
     def alpha(self) -> float:
@@ -180,10 +194,12 @@ class AnomalyMonitor:
         Raises:
             InputError: as `step`.
         """
-        return self.score_episodes([Clip(frames, actions)], progress=False)[0]
+        return next(self.score_episodes([Clip(np.asarray(frames), actions)], progress=False))[1]
 
-    def score_episodes(self, clips: Sequence[Clip], progress: bool = True) -> list[list[AnomalyRecord]]:
-        """`score_episode` of several episodes, measured side by side.
+    def score_episodes(
+        self, clips: Sequence[Clip], progress: bool = True
+    ) -> Iterator[tuple[int, list[AnomalyRecord]]]:
+        """(index, records) of several episodes, measured side by side, the longest first.
 
         Raises:
             InputError: as `step`, with the episode's number.
@@ -191,14 +207,15 @@ class AnomalyMonitor:
         calibration = self._calibrated()
         for i, clip in enumerate(clips):
             check_clip(self.world, Clip(*clip), self._actions, f"episode {i}")
-        records: list[list[AnomalyRecord]] = [[] for _ in clips]
         for i, seen in measure_clips(self.world, clips, "score", MONITOR_SEED, progress):
             _, verdict = calibration.judge_episode(seen.values)
-            records[i] = [
-                self._record(t, t, verdict, Measurement(*(part[t] for part in seen)))
-                for t in range(len(seen.values))
-            ]
-        return records
+            yield (
+                i,
+                [
+                    self._record(t, t, verdict, Measurement(*(part[t] for part in seen)))
+                    for t in range(len(seen.values))
+                ],
+            )
 
     def _record(self, chunk: int, row: int, verdict: Verdict, seen: Measurement) -> AnomalyRecord:
         onset = int(verdict.onset[row])
@@ -213,7 +230,7 @@ class AnomalyMonitor:
             bool(verdict.instant[row]),
             bool(verdict.drifting[row]),
             None if onset < 0 else onset,
-            self._heat.heatmap(seen.cells, seen.pixels),
+            self.heat.heatmap(seen.cells, seen.pixels),
         )
 
     # ---- on disk ----------------------------------------------------------------------------------------------------
@@ -234,8 +251,8 @@ class AnomalyMonitor:
         tensors = {
             "values": np.concatenate(self._values),
             "lengths": np.array([len(v) for v in self._values]),
-            "cells": self._heat.cells.astype(np.float64),
-            "pixels": self._heat.pixels.astype(np.float64),
+            "cells": self.heat.cells.astype(np.float64),
+            "pixels": self.heat.pixels.astype(np.float64),
         }
         named = {k: torch.from_numpy(v) for k, v in tensors.items()}
         save_tensors(Path(path), named, {"worldmodel_monitor": json.dumps(header)})

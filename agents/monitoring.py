@@ -155,7 +155,8 @@ def monitor_source(
     clips = what.clips
     if not monitor.config.actions:
         clips = [Clip(clip.frames, None) for clip in clips]
-    judged = monitor.score_episodes(clips)
+    by_index = dict(monitor.score_episodes(clips))
+    judged = [by_index[i] for i in range(len(clips))]
     strangest = sorted(range(len(judged)), key=lambda i: -_strangeness(monitor, judged[i]))
     numbers = {
         "world": world.spec.name,
