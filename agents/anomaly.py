@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import torch
 
-from agents.calibration import Calibration, MonitorConfig, Verdict, start
+from agents.calibration import Calibration, MonitorConfig, Tracked, Verdict
 from agents.channels import Clip, Measurement, channels_of, check_clip, measure, measure_clips
 from worldmodel import CheckpointError, InputError, WorldModel
 from worldmodel.files import config_from_dict, config_to_dict, load_metadata, load_tensors, save_tensors
@@ -81,7 +81,7 @@ class HeatScale:
 class AnomalyMonitor:
     """Watches one session: `calibrate` (or `load`), `reset`, then `step` chunk by chunk.
 
-    ``calibration`` is None until then; ``heat`` is the scale of heat maps. What calibration did not show is anomalous to it,
+    ``calibration`` is None until then; ``heat`` is the scale of heat maps. What calibration did not show is anomalous,
     be it wrong or only new.
     """
 
@@ -166,7 +166,7 @@ class AnomalyMonitor:
     def reset(self, seed: int = MONITOR_SEED) -> None:
         """A new episode begins."""
         self._state = self.world.initial_state([seed])
-        self._tracked = start(1)
+        self._tracked = Tracked()
 
     def step(self, frames: np.ndarray, action: Any = None) -> AnomalyRecord:
         """Judge the next real chunk (F, height, width, 3) uint8, caused by ``action``.
@@ -208,7 +208,7 @@ class AnomalyMonitor:
         for i, clip in enumerate(clips):
             check_clip(self.world, Clip(*clip), self._actions, f"episode {i}")
         for i, seen in measure_clips(self.world, clips, "score", MONITOR_SEED, progress):
-            _, verdict = calibration.judge_episode(seen.values)
+            _, verdict = calibration.judge(Tracked(), seen.values)
             yield (
                 i,
                 [

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from agents.anomaly import MONITOR_SEED, AnomalyMonitor
-from agents.calibration import MonitorConfig
+from agents.calibration import MonitorConfig, Tracked
 from agents.channels import episode_clip, measure_clips
 from agents.conformal import COMBINATIONS
 from agents.detection import Wins, interval, localisation, resamples, share_interval
@@ -169,7 +169,7 @@ def _judge(monitor: AnomalyMonitor, episodes: Episodes) -> Judged:
     assert monitor.calibration is not None
     judged = Judged([], [])
     for values in episodes.values:
-        _, verdict = monitor.calibration.judge_episode(values)
+        _, verdict = monitor.calibration.judge(Tracked(), values)
         columns = (-np.log(verdict.channels), verdict.evidence[:, None], -np.log(verdict.p_value)[:, None])
         judged.scores.append(np.concatenate(columns, axis=1))
         judged.alarms.append(verdict.instant | verdict.drifting)

@@ -1,6 +1,6 @@
 """From channel values to p-values, a drift statistic and alarms, as calibrated on normal episodes. No model in it.
 
-Axis letters: E normal episodes, B episodes, T chunks.
+Axis letters: E normal episodes, T chunks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class MonitorConfig:
     """
 
     warmup: int = 2
-    combination: str = "fisher"
+    combination: str = "harmonic"
     channels: tuple[str, ...] = ()
     span: int = 6
     drift: float = 2.0
@@ -46,20 +46,20 @@ class MonitorConfig:
 
 
 class Tracked(NamedTuple):
-    """What is remembered of B episodes. chunk: how many were seen. evidence: (B, <= span) nats of the last ones judged.
-    drift: (B,) the CUSUM. since: (B,) the chunk at which it last left zero, -1 while it is zero.
+    """What is remembered of an episode. chunk: how many were seen. evidence: (<= span,) nats of the last ones judged.
+    drift: the CUSUM. since: the chunk at which it last left zero, -1 while it is zero.
     """
 
-    chunk: int
-    evidence: np.ndarray
-    drift: np.ndarray
-    since: np.ndarray
+    chunk: int = 0
+    evidence: np.ndarray = np.zeros(0)
+    drift: float = 0.0
+    since: int = -1
 
 
 class Verdict(NamedTuple):
-    """Of one chunk of B episodes, (B,) each unless said otherwise.
+    """Of T chunks that follow each other, (T,) each unless said otherwise.
 
-    p_value: the chunk's, from what it shows and what the last ones did. channels: (B, channels) p-values.
+    p_value: the chunk's, from what it shows and what the last ones did. channels: (T, channels) p-values.
     evidence: minus log of the p-value of this chunk alone, nats. drift: the CUSUM of evidence. instant, drifting: the two
     alarms. onset: the chunk at which the anomaly began, by the alarm that rings; -1 where none does.
     """
@@ -71,11 +71,6 @@ class Verdict(NamedTuple):
     instant: np.ndarray
     drifting: np.ndarray
     onset: np.ndarray
-
-
-def start(episodes: int) -> Tracked:
-    """Nothing seen yet."""
-    return Tracked(0, np.zeros((episodes, 0)), np.zeros(episodes), np.full(episodes, -1))
 
 
 @dataclass(frozen=True)
@@ -113,7 +108,7 @@ class Calibration:
         for fold in range(FOLDS):
             tables = cls._tables(config, channels, [v for i, v in enumerate(values) if i % FOLDS != fold])
             for i in range(fold, len(values), FOLDS):
-                _, verdicts = tables.judge_episode(values[i])
+                _, verdicts = tables.judge(Tracked(), values[i])
                 maxima[i] = verdicts.evidence.max(), verdicts.drift.max()
         order = np.sort(maxima, axis=0)
         rank = np.stack([np.searchsorted(order[:, k], maxima[:, k]) for k in range(2)], axis=1).max(1)
@@ -170,28 +165,24 @@ class Calibration:
         return COMBINATIONS["fisher"](p)
 
     def judge(self, tracked: Tracked, values: np.ndarray) -> tuple[Tracked, Verdict]:
-        """One chunk of B episodes: values (B, channels). During the warm-up every p-value is 1."""
-        config, rows = self.config, len(values)
-        if tracked.chunk < config.warmup:
-            ones, zeros = np.ones(rows), np.zeros(rows)
-            never, unknown = np.zeros(rows, dtype=bool), np.full(rows, -1)
-            verdict = Verdict(ones, np.ones(values.shape), zeros, zeros, never, never, unknown)
-            return tracked._replace(chunk=tracked.chunk + 1), verdict
-        p_values = self._p_values(values)
-        evidence = -np.log(self.instant.survival(self._combined(p_values)))
-        history = np.concatenate((tracked.evidence, evidence[:, None]), axis=1)[:, -config.span :]
-        p = self.chunk.survival(self._both(evidence, history.mean(1)))
-        drift = np.maximum(0.0, tracked.drift + np.minimum(evidence, config.cap) - config.drift)
-        since = np.where(drift > 0, np.where(tracked.since < 0, tracked.chunk, tracked.since), -1)
+        """The next T chunks of an episode, values (T, channels). During the warm-up every p-value is 1."""
+        config, chunks = self.config, tracked.chunk + np.arange(len(values))
+        warm = chunks < config.warmup
+        p_values = np.where(warm[:, None], 1.0, self._p_values(values))
+        evidence = np.where(warm, 0.0, -np.log(self.instant.survival(self._combined(p_values))))
+        history = np.concatenate((tracked.evidence, evidence[~warm]))
+        known = len(history)
+        p = np.ones(len(values))
+        ends = known - (~warm).sum() + 1 + np.arange((~warm).sum())
+        averages = np.array([history[max(0, end - config.span) : end].mean() for end in ends])
+        p[~warm] = self.chunk.survival(self._both(evidence[~warm], averages))
+        drift, since = np.zeros(len(values)), np.full(len(values), -1)
+        level, left = tracked.drift, tracked.since
+        for t, nats in enumerate(evidence):
+            level = max(0.0, level + min(float(nats), config.cap) - config.drift)
+            left = -1 if level == 0 else (int(chunks[t]) if left < 0 else left)
+            drift[t], since[t] = level, left
         instant, drifting = evidence > self.evidence_limit, drift > self.drift_limit
-        onset = np.where(drifting, since, np.where(instant, tracked.chunk, -1))
-        after = Tracked(tracked.chunk + 1, history, drift, since)
+        onset = np.where(drifting, since, np.where(instant, chunks, -1))
+        after = Tracked(tracked.chunk + len(values), history[-config.span :], level, left)
         return after, Verdict(p, p_values, evidence, drift, instant, drifting, onset)
-
-    def judge_episode(self, values: np.ndarray) -> tuple[Tracked, Verdict]:
-        """All chunks of one episode, values (T, channels): a verdict with T in place of B."""
-        tracked, verdicts = start(1), []
-        for row in values:
-            tracked, verdict = self.judge(tracked, row[None])
-            verdicts.append(verdict)
-        return tracked, Verdict(*(np.concatenate(parts) for parts in zip(*verdicts, strict=True)))
