@@ -1,8 +1,12 @@
-"""What users of a world reach for: planners, action inference and counterfactuals, on the public API only."""
+"""What users of a world reach for, on the public API only: planners, inference, counterfactuals, an anomaly monitor."""
 
 from agents.action_inference import ActionPosterior, infer_action, label_video
+from agents.anomaly import AnomalyMonitor, AnomalyRecord
+from agents.calibration import MonitorConfig
+from agents.channels import Clip, episode_clip
 from agents.counterfactual import Counterfactual, counterfactual
 from agents.drawing import draw_plan
+from agents.monitored_env import MonitoredEnv
 from agents.mpc import MPCAgent
 from agents.objectives import (
     Custom,
@@ -19,12 +23,17 @@ from agents.presets import PRESETS, Search, preset
 __all__ = [
     "PRESETS",
     "ActionPosterior",
+    "AnomalyMonitor",
+    "AnomalyRecord",
+    "Clip",
     "Counterfactual",
     "Custom",
     "Futures",
     "LatentDistance",
     "MPCAgent",
     "Moment",
+    "MonitorConfig",
+    "MonitoredEnv",
     "Objective",
     "Plan",
     "Planner",
@@ -34,6 +43,7 @@ __all__ = [
     "TerminationPenalty",
     "counterfactual",
     "draw_plan",
+    "episode_clip",
     "imagine",
     "infer_action",
     "label_video",

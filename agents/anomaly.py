@@ -21,6 +21,8 @@ from worldmodel import CheckpointError, InputError, WorldModel
 from worldmodel.files import config_from_dict, config_to_dict, load_metadata, load_tensors, save_tensors
 
 FORMAT = 1
+BLIND = 4.0
+"""Squared grey levels of the codec's error that a heat map overlooks."""
 MONITOR_SEED = 20_000
 """Noise of calibration and monitoring sessions."""
 
@@ -32,7 +34,7 @@ class AnomalyRecord:
     chunk: its number in the episode, from 0. score: -log10 of p_value, 0 to 12. p_value: how often a normal chunk (with
     the chunks before it) is so strange. channels: the p-value of every channel. evidence: nats of this chunk alone.
     statistic: the CUSUM of evidence. alarm: either of instant (this chunk) and drifting (a slow change). onset: the
-    chunk at which the anomaly began, or None without an alarm. heatmap: (height, width) float32 in [0, 1], where it is.
+    chunk at which the anomaly began, or None without an alarm. heatmap: (height, width) float32 in [0, 1), where it is.
     """
 
     chunk: int
@@ -54,7 +56,7 @@ class AnomalyRecord:
 
 @dataclass(frozen=True)
 class HeatScale:
-    """What is normal where: cells (h, w) and pixels (height, width), upper quantiles of `Measurement`'s maps."""
+    """What is usual where: cells (h, w) and pixels (height, width), means of `Measurement`'s maps."""
 
     cells: np.ndarray
     pixels: np.ndarray
@@ -62,20 +64,19 @@ class HeatScale:
     @classmethod
     def fit(cls, cells: np.ndarray, pixels: np.ndarray) -> HeatScale:
         """From maps of normal chunks, (n, h, w) and (n, height, width)."""
-        return cls(cells.mean(0), pixels.mean(0))
+        return cls(cells.mean(0, dtype=np.float64), pixels.mean(0, dtype=np.float64))
 
     def heatmap(self, cells: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-        """(height, width) float32 in [0, 1]: 0 as usual, 1 a hundred times as strange as usual and more.
+        """(height, width) float32 in [0, 1): 0 as usual, 0.6 a hundred times as strange as usual, 0.94 a million times.
 
-        The stranger of two ratios to what is normal: of clean z^2, by latent cell, and of the codec's error, by pixel.
+        Strange is what the codec cannot draw, by pixel, times what the world did not expect, by latent cell (clean z^2).
         """
         height, width = pixels.shape
-        ratio = np.log(np.maximum(cells / np.maximum(self.cells, 1e-9), 1.0))
-        coarse = cv2.resize(ratio.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
-        blurred = cv2.GaussianBlur(pixels.astype(np.float32), (0, 0), 1.5)
-        usual = cv2.GaussianBlur(self.pixels.astype(np.float32), (0, 0), 1.5) + 4.0
-        fine = np.log(np.maximum(blurred / usual, 1.0))
-        return np.clip(np.maximum(coarse, fine) / np.log(100.0), 0.0, 1.0).astype(np.float32)
+        unexpected = np.log(np.maximum(cells / np.maximum(self.cells, 1e-9), 1.0))
+        coarse = cv2.resize(unexpected.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+        error, usual = (cv2.GaussianBlur(m.astype(np.float32), (0, 0), 1.5) for m in (pixels, self.pixels))
+        fine = np.log(np.maximum(error / (usual + BLIND), 1.0))
+        return (1.0 - np.exp(-(coarse + fine) / 5.0)).astype(np.float32)
 
 
 class AnomalyMonitor:
@@ -113,8 +114,8 @@ class AnomalyMonitor:
         cells, pixels = [], []
         for i, seen in measure_clips(self.world, clips, "calibrate", MONITOR_SEED, progress):
             values[i] = seen.values
-            cells.append(seen.cells[self.config.warmup :].mean(0))
-            pixels.append(seen.pixels[self.config.warmup :].mean(0))
+            cells.append(seen.cells.mean(0))
+            pixels.append(seen.pixels.mean(0))
         self._adopt(values, alpha, HeatScale.fit(np.stack(cells), np.stack(pixels)))
 
     def _adopt(self, values: list[np.ndarray], alpha: float, heat: HeatScale) -> None:

@@ -20,7 +20,7 @@ from agents.conformal import COMBINATIONS
 from agents.detection import Wins, interval, localisation, resamples, share_interval
 from agents.perturbations import ENV_ID, ONSET, PERTURBATIONS, Perturbation, perturb_pictures
 from worldmodel import InputError, WorldModel
-from worldmodel.files import config_from_dict, config_to_dict
+from worldmodel.files import config_from_dict, config_to_dict, read_json
 from worldmodel.training.collect import CollectConfig, collect
 from worldmodel.training.episodes import Episode, EpisodeDataset
 
@@ -117,7 +117,8 @@ def _episodes(world: WorldModel, name: str, count: int, seed: int, **changes: An
     made = replace(own, episodes=count, seed=seed, workers=2, **changes)
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     folder = home / "worldmodel" / "anomalies" / f"{name.replace(' ', '-')}-{count}-{seed}"
-    if not (folder / "dataset.json").exists() or not EpisodeDataset.open(folder).info["complete"]:
+    described = folder / "dataset.json"
+    if not described.exists() or not read_json(described).get("complete"):
         collect(made, folder)
     dataset = EpisodeDataset.open(folder)
     return [dataset.episode(i) for i in range(count)]

@@ -99,17 +99,20 @@ class Calibration:
             InputError: too few episodes for alpha; it says how many are needed.
         """
         cls.check(len(values), alpha)
-        short = [i for i, v in enumerate(values) if len(v) <= config.warmup]
-        if short:
+        if absent := sorted(set(config.channels) - {c.name for c in channels}):
             raise InputError(
-                f"normal episode {short[0]} has {len(values[short[0]])} chunks, expected more than {config.warmup}"
+                f"no channel {', '.join(absent)}; choose from {', '.join(c.name for c in channels)}"
+            )
+        if not any(len(v) > config.warmup for v in values):
+            raise InputError(
+                f"no normal episode has more than {config.warmup} chunks, which are not judged; give longer ones"
             )
         maxima = np.zeros((len(values), 2))
         for fold in range(FOLDS):
             tables = cls._tables(config, channels, [v for i, v in enumerate(values) if i % FOLDS != fold])
             for i in range(fold, len(values), FOLDS):
                 _, verdicts = tables.judge(Tracked(), values[i])
-                maxima[i] = verdicts.evidence.max(), verdicts.drift.max()
+                maxima[i] = verdicts.evidence.max(initial=0.0), verdicts.drift.max(initial=0.0)
         order = np.sort(maxima, axis=0)
         rank = np.stack([np.searchsorted(order[:, k], maxima[:, k]) for k in range(2)], axis=1).max(1)
         place = min(int(episode_threshold(rank, alpha)), len(values) - 1)
@@ -133,7 +136,7 @@ class Calibration:
     def _tables(
         cls, config: MonitorConfig, channels: tuple[Channel, ...], values: list[np.ndarray]
     ) -> Calibration:
-        judged = [v[config.warmup :] for v in values]
+        judged = [v[config.warmup :] for v in values if len(v) > config.warmup]
         flat = np.concatenate(judged)
         sides = tuple(Sides.fit(flat[:, k], c.two_sided) for k, c in enumerate(channels))
         nothing = Tail.fit(np.zeros(2))

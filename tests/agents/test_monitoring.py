@@ -1,0 +1,140 @@
+"""`worldmodel monitor` and the wrapper of real environments."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from agents import AnomalyMonitor, Clip, MonitoredEnv
+from agents.monitoring import prepare_monitor, read_source, read_video
+from envs import ChunkedEnv
+from envs.recorder import write_video
+from tests.toy import write_toy
+from worldmodel import DataError, InputError, WorldModel
+from worldmodel.cli import app
+from worldmodel.training.collect import CollectConfig, collect
+from worldmodel.training.episodes import EpisodeDataset
+
+pytest.importorskip("pygame")
+pytest.importorskip("matplotlib")
+COLLECTION = CollectConfig("CartPole-v1", episodes=100, chunks=4, frame_size=(32, 32), seed=1, workers=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy world of CartPole-v1's actions, its normal episodes, and three more."""
+    made = tmp_path_factory.mktemp("monitoring")
+    collect(COLLECTION, made / "normal")
+    collect(replace(COLLECTION, episodes=3, seed=2), made / "seen")
+    write_toy(made / "world", EpisodeDataset.open(made / "normal").action_space)
+    return made
+
+
+@pytest.fixture(scope="module")
+def world(folder: Path) -> WorldModel:
+    return WorldModel.load(folder / "world")
+
+
+@pytest.fixture(autouse=True)
+def cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    return folder / "cache"
+
+
+def test_a_directory_of_episodes(folder: Path, cache: Path) -> None:
+    arguments = ["monitor", str(folder / "seen"), "--world", str(folder / "world"), "--videos", "1"]
+    arguments += ["--calibration", str(folder / "normal"), "--out", str(folder / "out"), "--json"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    numbers = json.loads((folder / "out" / "monitor.json").read_text())
+    assert [row["name"] for row in numbers["results"]] == ["000000", "000001", "000002"]
+    with (folder / "out" / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    chunks = [row["chunks"] for row in numbers["results"]]
+    assert len(rows) == sum(chunks)
+    assert max(float(row["score"]) for row in rows) == pytest.approx(
+        max(row["highest_score"] for row in numbers["results"]), rel=1e-4
+    )
+    assert cv2.imread(str(folder / "out" / "monitor.png")) is not None
+    videos = list((folder / "out").glob("*.mp4"))
+    assert len(videos) == 1
+    frames = cv2.VideoCapture(str(videos[0])).get(cv2.CAP_PROP_FRAME_COUNT)
+    assert frames == 4 * chunks[int(videos[0].stem)]
+    kept = list((cache / "worldmodel" / "monitors").glob("*.safetensors"))
+    assert [str(k) for k in kept] == [numbers["calibration"]]
+    written = kept[0].stat().st_mtime_ns
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert kept[0].stat().st_mtime_ns == written  # calibrated once
+
+
+def test_a_video_is_judged_without_actions(folder: Path, world: WorldModel) -> None:
+    pictures = read_source(folder / "seen", world).clips[0].frames.reshape(-1, 32, 32, 3)
+    large = np.repeat(np.repeat(pictures, 4, axis=1), 4, axis=2)
+    write_video(folder / "seen.mp4", np.concatenate((large, large[:3])), 30)
+    clip = read_video(folder / "seen.mp4", world)
+    assert clip.actions is None
+    assert clip.frames.shape == (len(pictures) // 4, 4, 32, 32, 3)
+    assert np.abs(clip.frames.reshape(pictures.shape).astype(int) - pictures).mean() < 6
+    monitor, _ = prepare_monitor(world, folder / "normal", 0.05, actions=False)
+    records = monitor.score_episode(clip.frames)
+    assert "action_loss" not in records[0].channels
+
+
+def test_sources_that_are_refused(folder: Path, world: WorldModel, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no directory of episodes"):
+        read_source(tmp_path, world)
+    (tmp_path / "broken.mp4").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="no video"):
+        read_source(tmp_path / "broken.mp4", world)
+    write_video(tmp_path / "short.mp4", np.zeros((9, 32, 32, 3), np.uint8), 30)
+    with pytest.raises(InputError, match="9 frames, expected at least 12"):
+        read_source(tmp_path / "short.mp4", world)
+    shutil.copytree(folder / "seen", tmp_path / "small")
+    info = json.loads((tmp_path / "small" / "dataset.json").read_text())
+    (tmp_path / "small" / "dataset.json").write_text(json.dumps({**info, "frame_size": [16, 16]}))
+    with pytest.raises(DataError, match=r"frames \(16, 16\)"):
+        read_source(tmp_path / "small", world)
+    done = CliRunner().invoke(app, ["monitor", str(tmp_path / "nowhere")])
+    assert done.exit_code == 1
+    assert "does not exist" in str(done.exception)
+
+
+def test_a_real_environment_says_what_is_wrong(folder: Path, world: WorldModel) -> None:
+    monitor, _ = prepare_monitor(world, folder / "normal", 0.05, actions=True)
+    env = MonitoredEnv(ChunkedEnv("CartPole-v1", frame_size=(32, 32)), monitor)
+    _, info = env.reset(seed=0)
+    assert (info["anomaly_score"], info["anomaly_alarm"], info["anomaly_onset"]) == (0.0, False, -1)
+    clip = Clip(*(np.array(part) for part in zip(*(step(env, t % 2) for t in range(3)), strict=True)))
+    expected = monitor.score_episode(clip.frames, clip.actions)
+    assert env.last_record is not None
+    assert env.last_record.p_value == expected[2].p_value
+    _, info = env.reset(seed=1)
+    assert env.last_record is None
+    _, _, _, _, info = env.step(1)
+    assert {k for k in info if k.startswith("anomaly_")} == {
+        f"anomaly_{k}" for k in ("score", "p_value", "statistic", "alarm", "onset")
+    }
+    assert all(type(v) in (float, int, bool) for k, v in info.items() if k.startswith("anomaly_"))
+
+
+def step(env: MonitoredEnv, action: int) -> tuple[np.ndarray, int]:
+    frames, _, terminated, truncated, info = env.step(action)
+    assert not (terminated or truncated)
+    assert info["anomaly_p_value"] == env.last_record.p_value
+    return frames, action
+
+
+def test_environments_that_are_refused(folder: Path, world: WorldModel) -> None:
+    monitor, _ = prepare_monitor(world, folder / "normal", 0.05, actions=True)
+    with pytest.raises(InputError, match="ChunkedEnv"):
+        MonitoredEnv(ChunkedEnv("CartPole-v1", frame_size=(16, 16)), monitor)
+    with pytest.raises(InputError, match="not calibrated"):
+        MonitoredEnv(ChunkedEnv("CartPole-v1", frame_size=(32, 32)), AnomalyMonitor(world))
