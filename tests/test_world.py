@@ -276,6 +276,27 @@ def test_score_averages_over_its_draws(world: WorldModel) -> None:
         world.score(state, frames, a[:, 2], draws=0)
 
 
+def test_score_of_a_latent_and_of_given_noise(world: WorldModel) -> None:
+    """The latent spares the codec; given noise takes the place of the session's own; maps and means add up."""
+    a = actions(2, 3)
+    state, _, _ = walk(world, world.initial_state([1, 2]), a[:, :2])
+    frames = pictures(world, 2)
+    latent, _ = world.codec.encode(torch.from_numpy(frames), {})
+    score = world.score(state, frames, a[:, 2], draws=3)
+    same = world.score(state, latent[:, 0], a[:, 2], draws=3)
+    assert torch.equal(same.log_prob, score.log_prob) and torch.equal(same.noise, score.noise)
+    assert torch.allclose(score.log_prob_map.double().sum((1, 2)), -score.rate, rtol=1e-4)
+    own = normal(state.seeds, state.branches, state.steps, OBSERVE, world.latent_shape)
+    given = world.score(state, latent[:, 0], a[:, 2], noise=own)
+    assert torch.equal(given.log_prob, world.score(state, frames, a[:, 2]).log_prob)
+    assert torch.equal(given.noise, world.observe(state, frames, a[:, 2])[1].noise)
+    clean = world.score(state, latent[:, 0], a[:, 2], noise=torch.zeros_like(own))
+    assert (clean.log_prob != given.log_prob).all()
+    for wrong in ({"noise": own[:1]}, {"noise": own, "draws": 2}):
+        with pytest.raises(InputError, match="noise has shape"):
+            world.score(state, frames, a[:, 2], **wrong)
+
+
 # ---- starts and rollouts -----------------------------------------------------------------------------------
 def test_reset_begins_with_real_clips(world: WorldModel) -> None:
     state, chunks = world.reset([5, 6], starts=[2, 4])
