@@ -17,7 +17,7 @@ from agents.channels import Clip
 BAND, STRIP = 36, 56
 """Heights in pixels of the line of text above the picture and of the curve below it."""
 RED, GREY, WHITE, INK = (220, 40, 30), (170, 170, 170), (255, 255, 255), (40, 40, 40)
-HIGHEST = 12.0
+HIGHEST = 8.0
 """Score at the top of a curve."""
 
 
@@ -83,4 +83,5 @@ def plot_records(axes: Any, records: Sequence[AnomalyRecord], limits: tuple[floa
         if record.alarm:
             axes.axvspan(record.chunk - 0.5, record.chunk + 0.5, color="C3", alpha=0.15, lw=0)
     axes.set_yscale("symlog", linthresh=1.0)
+    axes.set_ylim(bottom=0.0)
     axes.grid(alpha=0.3)
