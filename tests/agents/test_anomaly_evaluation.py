@@ -8,13 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agents.anomaly_evaluation import (
-    AnomalyEvaluation,
-    evaluate_anomalies,
-    plot_anomalies,
-    plot_delays,
-    summary,
-)
+from agents.anomaly_evaluation import AnomalyEvaluation, evaluate_anomalies
+from agents.anomaly_table import plot_anomalies, plot_delays, summary
 from agents.conformal import COMBINATIONS
 from agents.perturbations import PERTURBATIONS
 from tests.toy import toy_world
