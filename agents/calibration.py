@@ -27,7 +27,7 @@ class MonitorConfig:
     """
 
     warmup: int = 2
-    combination: str = "harmonic"
+    combination: str = "fisher"
     channels: tuple[str, ...] = ()
     span: int = 6
     drift: float = 2.0
