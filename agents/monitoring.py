@@ -24,7 +24,7 @@ from worldmodel import CheckpointError, DataError, InputError, WorldModel
 from worldmodel.files import config_to_dict, write_atomic, write_json
 from worldmodel.training.episodes import EpisodeDataset
 from worldmodel.training.evaluate import held_out_dataset
-from worldmodel.training.plots import load_pyplot
+from worldmodel.training.plots import pyplot
 
 DEFAULT_EPISODES = 200
 """Normal episodes that are collected where no calibration is given."""
@@ -211,7 +211,7 @@ def _write_csv(path: Path, names: Sequence[str], judged: Sequence[Sequence[Anoma
 
 
 def _plot(path: Path, monitor: AnomalyMonitor, episodes: Sequence[tuple[str, list[AnomalyRecord]]]) -> None:
-    plt = load_pyplot()
+    plt = pyplot()
     columns = min(3, len(episodes))
     rows = -(-len(episodes) // columns)
     figure, axes = plt.subplots(

@@ -333,21 +333,6 @@ def _batch_of_one(action: Any) -> Any:
 
 
 @app.command()
-def play(
-    world: World = "pendulum",
-    zoom: Annotated[float, typer.Option(help="Size of the window relative to the frame.")] = 6.0,
-    seed: Annotated[int | None, typer.Option(help="Start and noise.")] = None,
-) -> None:
-    """Play in a world with the keyboard (arrow keys; close the window to stop)."""
-    from gymnasium.utils.play import play as run
-
-    from envs.world_env import WorldModelEnv
-
-    env = WorldModelEnv(world, step_mode="frame", render_mode="rgb_array", max_chunks=None)
-    run(env, zoom=zoom, seed=seed, noop=env.noop_action)
-
-
-@app.command()
 def monitor(
     source: Annotated[
         Path, typer.Argument(help="A directory of episodes, a video file, or a directory of videos.")
@@ -387,6 +372,21 @@ def monitor(
             )
         print(f"{numbers['episodes_with_alarm']} of {numbers['episodes']} episodes raised an alarm")
     print(f"written to {folder}", file=sys.stderr)
+
+
+@app.command()
+def play(
+    world: World = "pendulum",
+    zoom: Annotated[float, typer.Option(help="Size of the window relative to the frame.")] = 6.0,
+    seed: Annotated[int | None, typer.Option(help="Start and noise.")] = None,
+) -> None:
+    """Play in a world with the keyboard (arrow keys; close the window to stop)."""
+    from gymnasium.utils.play import play as run
+
+    from envs.world_env import WorldModelEnv
+
+    env = WorldModelEnv(world, step_mode="frame", render_mode="rgb_array", max_chunks=None)
+    run(env, zoom=zoom, seed=seed, noop=env.noop_action)
 
 
 def main() -> NoReturn:

@@ -21,8 +21,8 @@ STYLE = {
 }
 
 
-def load_pyplot() -> Any:
-    """matplotlib's pyplot, drawing to files.
+def pyplot() -> Any:
+    """Matplotlib's pyplot, drawing to files only.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -51,7 +51,7 @@ def plot_report(report: Report, folder: Path) -> None:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    plt = load_pyplot()
+    plt = pyplot()
     numbers = report.numbers
     figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
     ways = numbers["pictures"]
