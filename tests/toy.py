@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,19 @@ from torch import nn
 from worldmodel.checkpoint import WorldSpec, half_precision, write_world
 from worldmodel.codec.conv import ConvCodec, ConvCodecConfig
 from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
-from worldmodel.condition.spaces import packed_size, space_to_json
+from worldmodel.condition.spaces import packed_size, prompt_key, space_to_json
+from worldmodel.condition.text import TextConfig
 from worldmodel.flow.flow import Flow, FlowConfig
 from worldmodel.heads import Heads, HeadsConfig
 from worldmodel.world import WorldModel
 
 FRAME = (32, 32)
 BOX = spaces.Box(-2.0, 2.0, (1,), np.float32)
+TEXT = spaces.Text(64, min_length=0, charset=string.printable)
+TOLD = spaces.Dict({"prompt": TEXT, "action": BOX})
+WORDS = ("a", "the", "corgi", "cat", "dog", "looks", "runs", "sleeps", "red", "blue", "camera", "at", "video", "fps")
+WORDS += ("image", "noise", "level", "aspect", "ratio", "with", "an", "in", "extend", "v2v", ":", "(", ")", ".")
+TEXT_TOKENS, TEXT_DIM = 40, 16
 
 
 def randomise(module: nn.Module, seed: int, scale: float = 0.3) -> None:
@@ -58,7 +65,14 @@ def toy_flow(seed: int = 0, **overrides: object) -> Flow:
 def write_toy(
     path: Path, space: spaces.Space = BOX, seed: int = 0, frame: tuple[int, int] = FRAME, **overrides: object
 ) -> Path:
-    """A toy world directory with the given action space and frame size."""
+    """A toy world directory with the given action space and frame size; one with prompts brings a tiny T5."""
+    text = None
+    if prompt_key(space) is not None:
+        write_t5(path / "text", seed)
+        text = TextConfig("text")
+        overrides = {"text_tokens": TEXT_TOKENS, "text_dim": TEXT_DIM, **overrides}
+        if not packed_size(space):
+            overrides = {"action_features": 0, **overrides}
     flow = toy_flow(seed, **overrides)
     codec = ConvCodec(
         ConvCodecConfig(
@@ -74,7 +88,7 @@ def write_toy(
     randomise(codec, seed, 1.0)
     cells = frame[0] // codec.spatial_stride, frame[1] // codec.spatial_stride
     packed = packed_size(space)
-    actions = ActionEncoder(ActionEncoderConfig(packed, flow.config.action_features))
+    actions = ActionEncoder(ActionEncoderConfig(packed, flow.config.action_features)) if packed else None
     heads = Heads(HeadsConfig(flow.config.in_channels * cells[0] * cells[1], packed, 16))
     spec = WorldSpec(
         name="toy",
@@ -83,8 +97,9 @@ def write_toy(
         action_space_json=space_to_json(space),
         flow=flow.config,
         codec=codec.config,
-        actions=actions.config,
+        actions=ActionEncoderConfig(0) if actions is None else actions.config,
         heads=heads.config,
+        text=text,
     )
     rng = np.random.default_rng(seed)
     space.seed(seed)
@@ -97,9 +112,33 @@ def write_toy(
             for name, key in keys.items()
         },
     }
-    parts = nn.ModuleDict({"flow": flow, "actions": actions})
+    parts = nn.ModuleDict({"flow": flow} if actions is None else {"flow": flow, "actions": actions})
     tensors = {"flow": half_precision(parts), "codec": half_precision(codec), "heads": half_precision(heads)}
     write_world(path, spec, tensors, starts, "# toy\n")
+    return path
+
+
+def write_t5(path: Path, seed: int = 0) -> Path:
+    """A random T5 encoder and a tokenizer of a few words, as transformers writes them."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    vocabulary = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS, *map(str, range(10))))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.save_pretrained(path)
+    torch.manual_seed(seed)
+    sizes = {"d_model": TEXT_DIM, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = T5EncoderModel(T5Config(vocab_size=len(vocabulary), **sizes))
+    randomise(model, seed)
+    model.save_pretrained(path, safe_serialization=True)
     return path
 
 

@@ -8,6 +8,7 @@ the codec make frames of an imagined one.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from torch import Tensor
 from worldmodel.checkpoint import WorldFiles, WorldSpec, read_world
 from worldmodel.codec.base import Codec, CodecState
 from worldmodel.condition.actions import ActionEncoder
-from worldmodel.condition.spaces import pack_actions
+from worldmodel.condition.prompts import Prompts
+from worldmodel.condition.spaces import pack_actions, prompt_key, prompts_of
 from worldmodel.errors import CheckpointError, InputError, WorldModelError
 from worldmodel.flow.affine import standard_normal_log_prob
 from worldmodel.flow.deep import Context
@@ -30,6 +32,7 @@ from worldmodel.flow.flow import Flow
 from worldmodel.heads import Heads
 from worldmodel.invariance import MATRIX_ROWS, with_rows
 from worldmodel.noise import OBSERVE, SAMPLE, SCORE, normal, seed_tensor
+from worldmodel.prompted import check_captions, continued, switched, with_unconditional
 from worldmodel.sampling import Sampling
 from worldmodel.state import WorldState
 
@@ -40,7 +43,9 @@ class Chunk:
 
     frames: (B, F, height, width, 3) uint8 RGB, imagined or as observed. latent: (B, C, h, w) clean latent.
     log_prob: (B,) float64 nats of the chunk given past and action, exact for x~ as committed. guided_log_prob: the
-    same under the guided sampler, or None. action_gain: (B,) nats, ``log p(chunk | action) - log p(chunk | no action)``.
+    same under the guided sampler, or None. action_gain: (B,) nats, ``log p(chunk | action) - log p(chunk | no action)``;
+    under prompts ``log p(chunk | prompt, action) - log p(chunk | empty prompt, no action)`` in sessions that keep a past
+    under the empty prompt (those of a world with guidance, and those guided once), else what the action alone gains.
     log_prob_map: (B, h, w) nats a latent cell, summing to log_prob. noise: (B, C, h, w) the z that x~ maps to; given
     back to `WorldModel.step` it reproduces the chunk. reward, termination: (B,). sweeps: (B,) deep Jacobi sweeps, 0
     for an observed chunk; residual: (B,) relative mean squared change of the last sweep. context_frames: (B,) latent
@@ -94,6 +99,7 @@ class WorldModel:
         heads: Heads,
         starts: Mapping[str, np.ndarray],
         fingerprint: str = "",
+        prompts: Prompts | None = None,
     ) -> None:
         self.spec = spec
         self.flow = flow
@@ -102,17 +108,29 @@ class WorldModel:
         self.heads = heads
         self.starts = starts
         self.fingerprint = fingerprint
+        self.prompts = prompts
 
     @classmethod
-    def load(cls, name: str | Path, device: torch.device | str = "cpu") -> WorldModel:
+    def load(
+        cls, name: str | Path, device: torch.device | str = "cpu", prompt_cache: Path | None = None
+    ) -> WorldModel:
         """A world that ships with the package ("pendulum") or a world directory.
+
+        ``prompt_cache``: a folder where encoded prompts are kept, for worlds that take some.
 
         Raises:
             CheckpointError: no such world, or a corrupt or truncated one. ConfigError: an unknown or missing key.
         """
         files: WorldFiles = read_world(name)
         flow, codec, actions, heads = files.build(device)
-        return cls(files.spec, flow, codec, actions, heads, files.starts, files.fingerprint)
+        prompts = files.prompts(device, prompt_cache)
+        return cls(files.spec, flow, codec, actions, heads, files.starts, files.fingerprint, prompts)
+
+    def with_sampling(self, sampling: Sampling) -> WorldModel:
+        """The same world with another sampler of its own."""
+        other = copy.copy(self)
+        other.spec = replace(self.spec, sampling=sampling)
+        return other
 
     # ---- geometry ---------------------------------------------------------------------------------------------------
     @property
@@ -143,15 +161,23 @@ class WorldModel:
 
     # ---- sessions -----------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def initial_state(self, seeds: Sequence[int]) -> WorldState:
-        """Sessions with an empty past, one a seed; the first chunk is then unconditional on a past."""
+    def initial_state(self, seeds: Sequence[int], prompts: Sequence[str] | None = None) -> WorldState:
+        """Sessions with an empty past, one a seed; the first chunk is then unconditional on a past.
+
+        ``prompts``: a caption for each, by default the empty (unconditional) one. Where the world's sampler has guidance,
+        sessions keep a second past under the empty prompt from the start; else a guided step writes it.
+
+        Raises:
+            InputError: prompts in a world that takes none, or not one for each seed.
+        """
         rows, config = len(seeds), self.flow.config
+        captions, text, uncond = self._captions(prompts, rows)
         reach = min(config.window, self.flow.denoiser.reach)
         tokens, dim = self.grid[0] * self.grid[1], config.token_dim
         codec = self.codec.initial_state(rows)
         zero = torch.zeros(rows, dtype=torch.int64)
         return WorldState(
-            self.flow.deep.start(rows, self.grid, config.window, features=config.action_features),
+            self.flow.deep.start(rows, self.grid, config.window, text, uncond, config.action_features),
             torch.zeros(rows, reach, tokens, dim, device=self.device),
             torch.zeros(rows, *self.latent_shape, device=self.device),
             codec,
@@ -160,14 +186,42 @@ class WorldModel:
             zero.clone(),
             zero.clone(),
             torch.zeros(rows, dtype=torch.float64),
+            captions,
         )
 
+    def _captions(
+        self, prompts: Sequence[str] | None, rows: int
+    ) -> tuple[tuple[str, ...] | None, Tensor | None, Tensor | None]:
+        """Captions of new sessions, their condition tokens, and those of the empty prompt where it is kept up."""
+        if self.prompts is None:
+            if prompts is not None:
+                raise InputError("this world takes no prompts; leave them out")
+            return None, None, None
+        captions = check_captions(prompts, rows)
+        text = self.prompts(captions).to(self.flow.deep.sos)
+        guided = self.spec.sampling.guidance > 0
+        return captions, text, self.prompts([""] * rows).to(text) if guided else None
+
+    def prompt(self, state: WorldState, prompts: Sequence[str]) -> WorldState:
+        """The same sessions under other captions, one for each; see `worldmodel.prompted.switched`.
+
+        Raises:
+            InputError: a world without prompts, or not one for each session.
+        """
+        if self.prompts is None:
+            raise InputError("this world takes no prompts")
+        return switched(self.flow, self.prompts, state, prompts)
+
     def reset(
-        self, seeds: Sequence[int], starts: Sequence[int] | None = None
+        self,
+        seeds: Sequence[int],
+        starts: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
     ) -> tuple[WorldState, list[Chunk]]:
         """Sessions that begin with real clips from the world's own bank: the state, and the chunks observed.
 
-        ``starts`` (B,) picks the clips; by default each session's seed does.
+        ``starts`` (B,) picks the clips; by default each session's seed does. ``prompts``: a caption for each, in place of
+        the bank's.
 
         Raises:
             InputError: an index outside the bank.
@@ -180,16 +234,26 @@ class WorldModel:
                 f"starts {list(starts)}: expected {len(seeds)} indices into a bank of {len(bank)}"
             )
         index = np.asarray(starts, dtype=np.int64)
-        return self.observe_clip(self.initial_state(seeds), bank[index], self.start_actions(index))
+        actions = self.with_prompts(self.start_actions(index), prompts)
+        return self.observe_clip(self.initial_state(seeds, prompts), bank[index], actions)
 
     def start_actions(self, index: np.ndarray) -> Any:
         """Actions (B, T, ...) of clips of the bank, or None for a world without actions."""
-        if self.actions is None:
+        if self.actions is None and self.prompts is None:
             return None
         if "actions" in self.starts:
             return self.starts["actions"][index]
         named = {k.removeprefix("actions/"): v for k, v in self.starts.items() if k.startswith("actions/")}
-        return {k: v[index] for k, v in named.items()}
+        return {k: v[index] for k, v in named.items()} or None
+
+    def with_prompts(self, actions: Any, prompts: Sequence[str] | None) -> Any:
+        """Actions (B, T, ...) with the captions (B,) as their prompts; as they are where there are none."""
+        key = prompt_key(self.spec.action_space)
+        if prompts is None or key is None or actions is None:
+            return actions
+        if not key:
+            return None  # the sessions' own captions
+        return {**actions, key: np.repeat(np.asarray(prompts)[:, None], np.shape(actions[key])[1], axis=1)}
 
     def observe_clip(
         self, state: WorldState, frames: np.ndarray | Tensor, actions: Any
@@ -212,7 +276,8 @@ class WorldModel:
     ) -> tuple[WorldState, Chunk]:
         """Imagine the next chunk of every session.
 
-        ``action``: (B, ...) in the world's action space, or None for no action. ``noise``: (B, C, h, w) replaces the
+        ``action``: (B, ...) in the world's action space, or None for no action (and the prompts that hold). A prompt that
+        differs from a session's own takes its place from this chunk on, see `prompt`. ``noise``: (B, C, h, w) replaces the
         session's own random stream, e.g. with a chunk's inferred one for a counterfactual.
 
         Raises:
@@ -220,6 +285,7 @@ class WorldModel:
         """
         sampling = sampling or self.spec.sampling
         packed, features = self._action(action, state.rows)
+        state = self._told(state, action, sampling.guidance)
         if noise is None:
             noise = normal(state.seeds, state.branches, state.steps, SAMPLE, self.latent_shape)
             noise = noise * sampling.temperature
@@ -228,21 +294,11 @@ class WorldModel:
                 f"noise has shape {tuple(noise.shape)}, expected finite {(state.rows, *self.latent_shape)}"
             )
         w = self.flow.tokens(noise[:, None].to(self.device))[:, 0]
-        context = self._room(state.context, sampling)
+        context = self._room(state, sampling)
         solved = self.flow.deep.solve(context, w, features, sampling.guidance, sampling.tolerance)
         x, _ = self.flow.shallow_inverse(solved.v[:, None], self.grid, sampling.tolerance)
         after, chunk = self._commit(state, context, x, features, packed, sampling.guidance)
-        noisy, steps = after.noisy, after.steps.clamp(max=after.noisy.shape[1])
-        frames_back = int(steps.max())
-        valid = torch.arange(frames_back)[None] >= frames_back - steps[:, None]
-        clean = self.flow.denoise(
-            noisy[:, -frames_back:],
-            self.grid,
-            after.context.text,
-            None if after.context.features is None else after.context.features[:, -frames_back:],
-            None if bool(valid.all()) else valid.to(self.device),
-        )[:, -1:]
-        latent = self.flow.latents(clean, self.grid)[:, 0]
+        latent = self.flow.latents(self._clean(after), self.grid)[:, 0]
         frames, codec = self.codec.decode(latent[:, None], state.codec)
         outcome = self.heads(state.latent, latent, packed)
         chunk = replace(
@@ -268,10 +324,11 @@ class WorldModel:
             InputError: wrong shape, dtype or range.
         """
         packed, features = self._action(action, state.rows)
+        state = self._told(state, action)
         pixels, latent, codec = self._encode(state, frames)
         noise = normal(state.seeds, state.branches, state.steps, OBSERVE, self.latent_shape)
         x = self.flow.tokens((latent + self.flow.config.noise_std * noise.to(self.device))[:, None])
-        context = self._room(state.context, self.spec.sampling)
+        context = self._room(state, self.spec.sampling)
         after, chunk = self._commit(state, context, x, features, packed, 0.0)
         outcome = self.heads(state.latent, latent, packed)
         chunk = replace(
@@ -291,8 +348,9 @@ class WorldModel:
         if draws < 1:
             raise InputError(f"draws is {draws}, expected at least 1")
         packed, features = self._action(action, state.rows)
+        state = self._told(state, action)
         _, latent, _ = self._encode(state, frames)
-        context = self._room(state.context, self.spec.sampling, reserve=False)
+        context = self._room(state, self.spec.sampling, reserve=False)
         results = []
         for draw in range(draws):
             stream = OBSERVE if draw == 0 else SCORE
@@ -339,21 +397,23 @@ class WorldModel:
         """
         state = WorldState.load(path, self.fingerprint, self.device)
         found = state.shapes()
-        if misfits := [k for k, v in self.initial_state([0]).shapes().items() if found.get(k) != v]:
+        expected = self.initial_state([0]).shapes()
+        expected.pop("uncond_text", None)  # sessions may do without
+        if misfits := [k for k, v in expected.items() if found.get(k) != v]:
             raise CheckpointError(f"{path}: does not fit this world's configuration ({', '.join(misfits)})")
         return state
 
     # ---- parts ----------------------------------------------------------------------------------------------------------
     def _action(self, action: Any, rows: int) -> tuple[Tensor, Tensor | None]:
         """Packed actions (B, P) and their features (B, 1, E)."""
-        if self.actions is None:
-            if action is not None:
-                raise InputError("this world takes no actions; pass action=None")
-            return torch.zeros(rows, 0, device=self.device), None
-        size = self.actions.config.packed
+        if self.actions is None and self.prompts is None and action is not None:
+            raise InputError("this world takes no actions; pass action=None")
         if action is None:
+            size = 0 if self.actions is None else self.actions.config.packed
             return torch.zeros(rows, size, device=self.device), None
         packed = torch.from_numpy(pack_actions(self.spec.action_space, action, rows)).to(self.device)
+        if self.actions is None:
+            return packed, None
         present = torch.ones(rows, dtype=torch.bool, device=self.device)
         return packed, with_rows(MATRIX_ROWS, self.actions, packed, present)[:, None]
 
@@ -372,8 +432,48 @@ class WorldModel:
         latents, codec = self.codec.encode(pixels.to(self.device), state.codec)
         return pixels, latents[:, 0], codec
 
-    def _room(self, context: Context, sampling: Sampling, reserve: bool = True) -> Context:
+    def _told(self, state: WorldState, action: Any, guidance: float = 0.0) -> WorldState:
+        """The sessions under the prompts of ``action``, and with a past under the empty one where guidance asks for it."""
+        captions = prompts_of(self.spec.action_space, action, state.rows)
+        if self.prompts is None:
+            return state
+        state = state if captions is None else self.prompt(state, captions)
+        if guidance == 0:
+            return state
+        return replace(state, context=with_unconditional(self.flow, self.prompts, state.context))
+
+    def _clean(self, state: WorldState) -> Tensor:
+        """The newest frame's tokens (B, 1, N, D) without noise.
+
+        Where sessions of unlike lengths have prompts they are denoised apart: the distance between the condition and a
+        frame counts, and must not depend on who shares the batch.
+        """
+        steps, text = state.steps.clamp(max=state.noisy.shape[1]), state.context.text
+        features, device = state.context.features, self.device
+
+        def denoise(rows: Tensor) -> Tensor:
+            here, counts = rows.to(device), steps[rows]
+            back = int(counts.max())
+            valid = torch.arange(back)[None] >= back - counts[:, None]
+            return self.flow.denoise(
+                state.noisy[here, -back:],
+                self.grid,
+                None if text is None else text[here],
+                None if features is None else features[here, -back:],
+                None if bool(valid.all()) else valid.to(device),
+            )[:, -1:]
+
+        if text is None:
+            return denoise(torch.arange(state.rows))
+        clean = torch.empty_like(state.noisy[:, -1:])
+        for length in sorted(set(steps.tolist())):
+            rows = torch.nonzero(steps == length)[:, 0]
+            clean[rows.to(device)] = denoise(rows)
+        return clean
+
+    def _room(self, state: WorldState, sampling: Sampling, reserve: bool = True) -> Context:
         keep = self.flow.config.context if sampling.context == "reencode" else None
+        context = state.context if self.prompts is None else continued(self.prompts, state)
         context = self.flow.deep.make_room(context, keep)
         return self.flow.deep.reserve(context) if reserve else context
 
@@ -415,7 +515,7 @@ class WorldModel:
             log_prob=log_prob,
             guided_log_prob=None if terms.guided is None else density(terms.guided),
             action_gain=torch.zeros_like(log_prob)
-            if unconditional is None or features is None
+            if unconditional is None or (features is None and context.uncond is None)
             else log_prob - unconditional,
             log_prob_map=self.flow.latents(elements, self.grid)[:, 0].sum(1),
             noise=self.flow.latents(z, self.grid)[:, 0],
