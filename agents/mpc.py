@@ -35,14 +35,14 @@ class MPCAgent:
         self._seed, self._chunks = 0, 0
 
     def reset(self, frames: np.ndarray, seed: int = 0) -> None:
-        """Begin with the first real chunk (F, height, width, 3) uint8, or one picture (height, width, 3) held still.
+        """Begin with the first real chunk (n, height, width, 3) uint8, or one picture (height, width, 3) held still.
 
         Raises:
             InputError: another shape or dtype.
         """
         pixels = np.asarray(frames)
         if pixels.ndim == 3:
-            pixels = np.broadcast_to(pixels, (self.world.chunk_frames, *pixels.shape))
+            pixels = np.broadcast_to(pixels, (self.world.first_frames, *pixels.shape))
         self.state, _ = self.world.observe(self.world.initial_state([seed]), pixels[None].copy())
         self.last_plan, self._warm = None, None
         self._seed, self._chunks = seed, 0

@@ -156,7 +156,7 @@ class LatentDistance(Objective):
         pixels = np.asarray(picture)
         if pixels.dtype != np.uint8 or pixels.shape != expected:
             raise InputError(f"the goal picture is {pixels.dtype} {pixels.shape}, expected uint8 {expected}")
-        clip = torch.from_numpy(np.stack([pixels] * world.chunk_frames))[None].to(world.device)
+        clip = torch.from_numpy(np.stack([pixels] * world.first_frames))[None].to(world.device)
         with torch.no_grad():
             latents, _ = world.codec.encode(clip, world.codec.initial_state(1))
         return cls(latents[0, 0], weight, only_last)

@@ -134,7 +134,7 @@ def session_seed(rng: np.random.Generator) -> int:
 
 
 class Start(NamedTuple):
-    """What a session observes first: frames (T, F, height, width, 3) uint8, actions (T, ...) or None."""
+    """What a session observes first: a clip (n, height, width, 3) uint8 of whole chunks, and actions (T, ...) or None."""
 
     frames: np.ndarray
     actions: Any
@@ -169,23 +169,23 @@ def choose_start(world: WorldModel, source: Mapping[str, Any], rng: np.random.Ge
     """
     if "image" in source:
         image = _pixels(world, source["image"], "image", 3)
-        return Start(np.broadcast_to(image, (1, world.chunk_frames, *image.shape)), None)
+        return Start(np.broadcast_to(image, (world.first_frames, *image.shape)), None)
     if "clip" in source:
         clip = _pixels(world, source["clip"], "clip", 4)
-        chunks = len(clip) // world.chunk_frames
-        if not chunks:
+        if len(clip) < world.first_frames:
             raise InputError(
-                f"clip has {len(clip)} frames, expected at least {world.chunk_frames}; or give an image"
+                f"clip has {len(clip)} frames, expected at least {world.first_frames}; or give an image"
             )
-        kept = clip[len(clip) - chunks * world.chunk_frames :]
-        return Start(kept.reshape(chunks, *world.frames_shape), None)
+        return Start(clip[(len(clip) - world.first_frames) % world.chunk_frames :], None)
     if "episode" in source:
         return _episode(world, source["episode"])
+    if "frames" not in world.starts:
+        raise InputError("this world has no bank of clips; reset with an image or a clip in options")
     bank = world.starts["frames"]
     index = source["bank_index"] if "bank_index" in source else int(rng.integers(len(bank)))
     if not _is_int(index) or not 0 <= index < len(bank):
         raise InputError(f"bank_index is {index!r}, expected an integer in [0, {len(bank)})")
-    return Start(bank[index], world.start_actions(np.asarray(index)))
+    return Start(bank[index].reshape(-1, *bank.shape[-3:]), world.start_actions(np.asarray(index)))
 
 
 def _is_int(value: Any) -> bool:
@@ -233,7 +233,7 @@ def _episode(world: WorldModel, where: Any) -> Start:
     if not 0 <= index < data.episodes:
         raise InputError(f"episode index is {index}, expected one in [0, {data.episodes})")
     episode = data.episode(index)
-    length = world.starts["frames"].shape[1]
+    length = world.start_chunks
     last = len(episode.rewards) - length
     if not 0 <= first <= last:
         raise InputError(f"first chunk is {first}, expected one in [0, {last}] of episode {index}")
@@ -243,7 +243,7 @@ def _episode(world: WorldModel, where: Any) -> Start:
     if world.actions is not None:
         raw = episode.actions
         actions = {k: v[span] for k, v in raw.items()} if isinstance(raw, Mapping) else raw[span]
-    return Start(frames.reshape(length, *world.frames_shape), actions)
+    return Start(frames[world.chunk_frames - world.first_frames :], actions)
 
 
 def begin(world: WorldModel, starts: Sequence[Start], seeds: Sequence[int]) -> tuple[WorldState, Chunk]:
@@ -260,14 +260,24 @@ def begin(world: WorldModel, starts: Sequence[Start], seeds: Sequence[int]) -> t
         state = world.initial_state([seeds[r] for r in rows])
         frames = np.stack([starts[r].frames for r in rows])
         actions = None if bare else _stack([starts[r].actions for r in rows])
-        for t in range(frames.shape[1]):
-            state, chunk = world.observe(state, frames[:, t], None if bare else at_chunk(actions, t))
+        for t, part in enumerate(world.chunks_of(frames)):
+            state, chunk = world.observe(state, part, None if bare else at_chunk(actions, t))
         states.append(state)
-        lasts.append(chunk)
+        lasts.append(_held(chunk, world.chunk_frames))
         order += rows
     back = [order.index(row) for row in range(len(starts))]
     state, chunk = WorldState.concat(states), concat_chunks(lasts)
     return (state, chunk) if len(groups) == 1 else (state.select(back), chunk_rows(chunk, back))
+
+
+def _held(chunk: Chunk, length: int) -> Chunk:
+    """The chunk with its first frame held so that it has ``length`` frames: how a first chunk of one picture is shown."""
+    lead = length - chunk.frames.shape[1]
+    return (
+        replace(chunk, frames=torch.cat((chunk.frames[:, :1].expand(-1, lead, -1, -1, -1), chunk.frames), 1))
+        if lead
+        else chunk
+    )
 
 
 def _stack(actions: Sequence[Any]) -> Any:

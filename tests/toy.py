@@ -12,6 +12,7 @@ from torch import nn
 
 from worldmodel.checkpoint import WorldSpec, half_precision, write_world
 from worldmodel.codec.conv import ConvCodec, ConvCodecConfig
+from worldmodel.codec.wan import WanCodec, WanCodecConfig
 from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
 from worldmodel.condition.spaces import packed_size, prompt_key, space_to_json
 from worldmodel.condition.text import TextConfig
@@ -139,6 +140,46 @@ def write_t5(path: Path, seed: int = 0) -> Path:
     model = T5EncoderModel(T5Config(vocab_size=len(vocabulary), **sizes))
     randomise(model, seed)
     model.save_pretrained(path, safe_serialization=True)
+    return path
+
+
+def wan_config(**overrides: object) -> WanCodecConfig:
+    """The Wan2.2 architecture at a few channels: 16 x fewer rows and columns, 4 x fewer frames."""
+    values = {
+        "latents_mean": (0.1, -0.2, 0.3),
+        "latents_std": (0.5, 1.5, 1.0),
+        "height": 32,
+        "width": 32,
+        "base_dim": 8,
+        "decoder_base_dim": 8,
+        "z_dim": 3,
+        "dim_mult": (1, 2, 2, 2),
+        "num_res_blocks": 1,
+        "decode_dtype": "float32",
+    }
+    return WanCodecConfig(**{**values, **overrides})
+
+
+def write_wan_toy(path: Path, seed: int = 0, dtype: str = "float32", **overrides: object) -> Path:
+    """A toy world with the Wan2.2 codec, no heads and no bank, as a published model is."""
+    flow = toy_flow(seed, **overrides)
+    torch.manual_seed(seed)
+    codec = WanCodec(wan_config())
+    actions = ActionEncoder(ActionEncoderConfig(1, flow.config.action_features))
+    spec = WorldSpec(
+        name="wan-toy",
+        frame_size=FRAME,
+        fps=16.0,
+        action_space_json=space_to_json(BOX),
+        flow=flow.config,
+        codec=codec.config,
+        actions=actions.config,
+        heads=None,
+        dtype=dtype,
+        bank=False,
+    )
+    parts = nn.ModuleDict({"flow": flow, "actions": actions})
+    write_world(path, spec, {"flow": half_precision(parts), "codec": codec.state_dict()}, {}, "# toy\n")
     return path
 
 

@@ -1,11 +1,14 @@
 """A world on disk: a directory of JSON and safetensors, checked before it is trusted.
 
     world.json            format version, configuration, spaces, fps, provenance, measured quality
-    flow.safetensors      flow and action encoder      codec.safetensors      heads.safetensors
-    starts.npz            initial clips: frames (S, T, F, height, width, 3) uint8, actions (S, T, ...)
+    flow.safetensors      flow and action encoder      codec.safetensors      heads.safetensors (where it has heads)
+    starts.npz            initial clips (where it has a bank): frames (S, T, F, height, width, 3) uint8, or (S, n, height,
+                          width, 3) where the first chunk is one picture; actions (S, T, ...)
     README.md             model card
 
-Weights may be stored as float16; they are computed with as float32.
+A large part is cut into shards, ``flow-00001-of-00007.safetensors`` and so on, listed with their SHA-256 in
+``flow.safetensors.index.json``. Weights may be stored as float16; the flow computes in the world's ``dtype`` (see
+`WorldSpec`), everything else in float32.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +29,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from worldmodel.codec.conv import ConvCodec, ConvCodecConfig, channels_last
+from worldmodel.codec.wan import WanCodec, WanCodecConfig
 from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
 from worldmodel.condition.prompts import T5, Prompts
 from worldmodel.condition.spaces import pack_actions, packed_size, prompt_key, space_from_json
@@ -34,8 +38,8 @@ from worldmodel.errors import CheckpointError, ConfigError, InputError
 from worldmodel.files import (
     config_from_dict,
     config_to_dict,
-    load_tensors,
     read_json,
+    read_tensors,
     save_tensors,
     write_atomic,
     write_json,
@@ -52,7 +56,9 @@ SHIPPED = Path(__file__).parent / "worlds"
 class WorldSpec:
     """What ``world.json`` says, less the weights.
 
-    frame_size: (height, width) pixels. fps: pixel frames a second. environment: id and arguments of the real
+    frame_size: (height, width) pixels. fps: pixel frames a second. heads: of reward and termination, None for a world
+    that knows neither. text: how prompts condition it, None for a world without. dtype: of the flow's weights and hidden
+    states; tokens, affine maps and densities are float32 whatever it is. bank: it has real clips to start from. environment: id and arguments of the real
     environment it was learned from, and how episodes were collected. provenance: how it was
     made. quality: measured on held-out episodes.
     """
@@ -62,10 +68,12 @@ class WorldSpec:
     fps: float
     action_space_json: dict[str, Any]
     flow: FlowConfig
-    codec: ConvCodecConfig
+    codec: ConvCodecConfig | WanCodecConfig
     actions: ActionEncoderConfig
-    heads: HeadsConfig
+    heads: HeadsConfig | None
     text: TextConfig | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    bank: bool = True
     sampling: Sampling = Sampling()
     environment: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -76,6 +84,11 @@ class WorldSpec:
     def action_space(self) -> spaces.Space[Any]:
         """The Gymnasium space of one action."""
         return space_from_json(self.action_space_json)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the files of weights."""
+        return ("flow", "codec") if self.heads is None else ("flow", "codec", "heads")
 
 
 @dataclass(frozen=True)
@@ -102,27 +115,39 @@ class WorldFiles:
         encode = T5(name, spec.flow.text_tokens, device)
         return Prompts(spec.text, shape, spec.fps, spec.flow.noise_std, spec.frame_size, encode, cache)
 
-    def build(self, device: torch.device | str) -> tuple[Flow, ConvCodec, ActionEncoder | None, Heads]:
-        """The modules, in evaluation mode, float32.
+    def build(
+        self, device: torch.device | str
+    ) -> tuple[Flow, ConvCodec | WanCodec, ActionEncoder | None, Heads | None]:
+        """The modules, in evaluation mode; weights go to ``device`` one by one, and no second copy is made on the way.
 
         Raises:
             CheckpointError: missing or unexpected keys, or wrong shapes; all of them are listed.
         """
-        spec = self.spec
-        flow, codec, heads = Flow(spec.flow), ConvCodec(spec.codec), Heads(spec.heads)
-        actions = ActionEncoder(spec.actions) if spec.actions.packed else None
-        parts = {"flow": flow, "actions": actions} if actions is not None else {"flow": flow}
-        _load_strict(nn.ModuleDict(parts), self.tensors["flow"], self.path / "flow.safetensors")
-        _load_strict(codec, self.tensors["codec"], self.path / "codec.safetensors")
-        _load_strict(heads, self.tensors["heads"], self.path / "heads.safetensors")
-        for module in (flow, codec, heads, actions):
-            if module is not None:
-                module.to(device).eval().requires_grad_(False)
-        channels_last(codec)
-        return flow, codec, actions, heads
+        modules = empty_modules(self.spec)
+        for part in self.spec.parts:
+            _load_strict(modules[part], self.tensors[part], self.path / f"{part}.safetensors", device)
+            modules[part].eval().requires_grad_(False)
+        flow, codec = modules["flow"]["flow"], modules["codec"]
+        if isinstance(codec, ConvCodec):
+            channels_last(codec)
+        actions = modules["flow"]["actions"] if "actions" in modules["flow"] else None
+        return flow, codec, actions, modules.get("heads")
 
 
-def _load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+def empty_modules(spec: WorldSpec) -> dict[str, Any]:
+    """The modules of each of ``spec.parts`` on the meta device: names, shapes and dtypes without storage."""
+    with torch.device("meta"):
+        parts: dict[str, nn.Module] = {"flow": Flow(spec.flow).to(getattr(torch, spec.dtype))}
+        if spec.actions.packed:
+            parts["actions"] = ActionEncoder(spec.actions)
+        codec = ConvCodec(spec.codec) if isinstance(spec.codec, ConvCodecConfig) else WanCodec(spec.codec)
+        modules = {"flow": nn.ModuleDict(parts), "codec": codec}
+        return modules if spec.heads is None else {**modules, "heads": Heads(spec.heads)}
+
+
+def _load_strict(
+    module: nn.Module, tensors: Mapping[str, Tensor], where: Path, device: torch.device | str
+) -> None:
     expected = module.state_dict()
     missing = sorted(set(expected) - set(tensors))
     extra = sorted(set(tensors) - set(expected))
@@ -138,7 +163,8 @@ def _load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) 
     ]
     if problems:
         raise CheckpointError(f"{where}: does not fit world.json; " + "; ".join(problems))
-    module.load_state_dict({k: v.to(expected[k].dtype) for k, v in tensors.items()})
+    ready = {k: v.to(device, expected[k].dtype) for k, v in tensors.items()}
+    module.load_state_dict(ready, assign=True)
 
 
 def shipped_worlds() -> list[str]:
@@ -182,6 +208,12 @@ def read_spec(name: str | Path) -> WorldSpec:
         )
     if prompt_key(spec.action_space) is not None and spec.text is None:
         raise ConfigError(f"{path}/world.json: actions with a prompt need text, which says how it is read")
+    if isinstance(spec.codec, WanCodecConfig) and (spec.codec.height, spec.codec.width) != spec.frame_size:
+        raise ConfigError(
+            f"{path}/world.json: codec frames are {spec.codec.height} x {spec.codec.width}, frame_size {spec.frame_size}"
+        )
+    if (spec.text is None) != (spec.flow.text_tokens == 0):
+        raise ConfigError(f"{path}/world.json: text and flow.text_tokens must be set together")
     return spec
 
 
@@ -194,11 +226,11 @@ def read_world(name: str | Path) -> WorldFiles:
     path, spec = find_world(name), read_spec(name)
     digest = hashlib.sha256()
     tensors = {}
-    for part in ("flow", "codec", "heads"):
-        file = path / f"{part}.safetensors"
-        tensors[part] = load_tensors(file)
-        digest.update(file.read_bytes())
-    return WorldFiles(spec, tensors, _read_starts(path / "starts.npz", spec), digest.hexdigest(), path)
+    for part in spec.parts:
+        tensors[part], fingerprint = read_tensors(path / f"{part}.safetensors")
+        digest.update(fingerprint)
+    starts = _read_starts(path / "starts.npz", spec) if spec.bank else {}
+    return WorldFiles(spec, tensors, starts, digest.hexdigest(), path)
 
 
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError) + (
@@ -219,18 +251,33 @@ def _read_starts(file: Path, spec: WorldSpec) -> Mapping[str, np.ndarray]:
         raise CheckpointError(
             f"{file}: cannot be read ({' '.join(str(error).split()):.80}); copy the world directory again"
         ) from error
-    frames, expected = starts["frames"], (spec.codec.frames, *spec.frame_size, 3)
-    if frames.dtype != np.uint8 or frames.shape[2:] != expected or 0 in frames.shape:
+    frames, codec = starts["frames"], spec.codec
+    if codec.first_frames == codec.frames:
+        expected, chunks = ("T", codec.frames), frames.shape[1:2]
+    else:  # clips that begin with a picture are not whole chunks
+        expected, chunks = (f"{codec.first_frames} + {codec.frames} k",), _chunks(frames, codec)
+    named = ("S", *expected, *spec.frame_size, 3)
+    fits = frames.ndim == len(named) and all(
+        n == e for n, e in zip(frames.shape, named, strict=True) if isinstance(e, int)
+    )
+    if frames.dtype != np.uint8 or not fits or not chunks or 0 in frames.shape:
         raise CheckpointError(
-            f"{file}: frames are {frames.dtype} {frames.shape}, expected uint8 (S, T, *{expected})"
+            f"{file}: frames are {frames.dtype} {frames.shape}, expected uint8 ({', '.join(map(str, named))})"
         )
     if spec.actions.packed or "actions" in starts:
-        _check_start_actions(file, starts, spec)
+        _check_start_actions(file, starts, spec, (len(frames), chunks[0]))
     return starts
 
 
-def _check_start_actions(file: Path, starts: Mapping[str, np.ndarray], spec: WorldSpec) -> None:
-    shape = starts["frames"].shape[:2]
+def _chunks(clips: np.ndarray, codec: ConvCodecConfig | WanCodecConfig) -> tuple[int, ...]:
+    """(T,) chunks of clips (S, n, height, width, 3), or () where n is not a number of whole chunks."""
+    rest = clips.shape[1] - codec.first_frames if clips.ndim == 5 else -1
+    return () if rest < 0 or rest % codec.frames else (1 + rest // codec.frames,)
+
+
+def _check_start_actions(
+    file: Path, starts: Mapping[str, np.ndarray], spec: WorldSpec, shape: tuple[int, int]
+) -> None:
     banks = {k.removeprefix("actions/"): v for k, v in starts.items() if k.startswith("actions")}
     try:
         if any(bank.shape[:2] != shape for bank in banks.values()):
@@ -255,7 +302,8 @@ def write_world(
     for part, values in tensors.items():
         stored = {k: v.detach().cpu().contiguous() for k, v in values.items()}
         save_tensors(path / f"{part}.safetensors", stored, {})
-    write_atomic(path / "starts.npz", lambda file: _write_starts(file, starts))
+    if spec.bank:
+        write_atomic(path / "starts.npz", lambda file: _write_starts(file, starts))
     write_atomic(path / "README.md", lambda file: file.write_text(card))
     write_json(path / "world.json", config_to_dict(spec))
 

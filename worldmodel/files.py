@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import secrets
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,6 +99,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def _convert_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in kinds:
         return None
+    if isinstance(value, Mapping) and "kind" in value:  # a union of dataclasses that say what they are
+        for kind in kinds:
+            if dataclasses.is_dataclass(kind) and getattr(kind, "kind", None) == value["kind"]:
+                return _convert(kind, value, where)
     failures = []
     for kind in kinds:
         if kind is not type(None):
@@ -151,6 +156,74 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: no such file, or truncated or corrupt.
     """
     return _reading(path, lambda: safetensors.torch.load_file(path))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], bytes]:
+    """The tensors of a safetensors file, or of the shards that ``NAME.index.json`` lists, and what identifies them.
+
+    Tensors are mapped from the files, not read, until they are used. The identity of a whole file is its bytes, that of
+    shards the index, which holds their digests.
+
+    Raises:
+        CheckpointError: missing, truncated or corrupt; names the file.
+    """
+    index = path.with_name(f"{path.name}.index.json")
+    if path.is_file() or not index.is_file():
+        return load_tensors(path), _reading(path, path.read_bytes)
+    listing = read_json(index)
+    try:
+        owners = {str(name): str(file) for name, file in listing["weight_map"].items()}
+        digests = {str(file): str(digest) for file, digest in listing["metadata"]["sha256"].items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} is not an index of shards ({error!r:.80}); recreate it") from error
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(digests):
+        if Path(file).name != file:
+            raise CheckpointError(f"{index} names {file!r}, which is not a file beside it")
+        tensors |= load_tensors(path.with_name(file))
+    if set(tensors) != set(owners):
+        raise CheckpointError(f"{index} and its shards hold different tensors; convert the weights again")
+    return tensors, index.read_bytes()
+
+
+def save_shards(path: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = 2 * 10**9) -> None:
+    """Named tensors, drawn one by one, to shards of about ``shard_bytes`` beside ``path``, and their index last.
+
+    Raises:
+        CheckpointError: as `write_atomic`.
+    """
+    owners: dict[str, int] = {}
+    shards: list[str] = []
+    waiting: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        name = path.with_name(f".{path.name}.{len(shards)}.part")
+        save_tensors(name, waiting)
+        shards.append(_sha256(name))
+        owners.update(dict.fromkeys(waiting, len(shards)))
+        waiting.clear()
+
+    total = 0
+    for name, tensor in tensors:
+        waiting[name] = tensor
+        total += tensor.nbytes
+        if sum(t.nbytes for t in waiting.values()) >= shard_bytes:
+            flush()
+    if waiting:
+        flush()
+    names = [f"{path.stem}-{i + 1:05d}-of-{len(shards):05d}{path.suffix}" for i in range(len(shards))]
+    for i, name in enumerate(names):
+        os.replace(path.with_name(f".{path.name}.{i}.part"), path.with_name(name))
+    index = {
+        "metadata": {"total_size": total, "sha256": dict(zip(names, shards, strict=True))},
+        "weight_map": {name: names[shard - 1] for name, shard in owners.items()},
+    }
+    write_json(path.with_name(f"{path.name}.index.json"), index)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_metadata(path: Path) -> dict[str, str]:

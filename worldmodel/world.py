@@ -96,7 +96,7 @@ class WorldModel:
         flow: Flow,
         codec: Codec,
         actions: ActionEncoder | None,
-        heads: Heads,
+        heads: Heads | None,
         starts: Mapping[str, np.ndarray],
         fingerprint: str = "",
         prompts: Prompts | None = None,
@@ -155,9 +155,42 @@ class WorldModel:
         return self.codec.temporal_stride
 
     @property
+    def first_frames(self) -> int:
+        """Pixel frames of a session's first chunk: F, or 1 where the codec begins with a picture."""
+        return self.codec.first_frames
+
+    @property
     def frames_shape(self) -> tuple[int, int, int, int]:
-        """(F, height, width, 3) of one chunk."""
+        """(F, height, width, 3) of a chunk; a session's first one has `first_frames` in place of F."""
         return (self.chunk_frames, *self.spec.frame_size, 3)
+
+    def next_frames(self, state: WorldState) -> int:
+        """Pixel frames that the next chunk of these sessions has.
+
+        Raises:
+            InputError: some sessions have begun and some have not, and their chunks differ in length.
+        """
+        begun = state.steps > 0
+        if self.first_frames != self.chunk_frames and bool(begun.any()) and not bool(begun.all()):
+            raise InputError(
+                f"some sessions are before their first chunk ({self.first_frames} frames) and some after it "
+                f"({self.chunk_frames}); select() them apart, and concat them when all have begun"
+            )
+        return self.chunk_frames if bool(begun.all()) else self.first_frames
+
+    def chunks_of(self, clip: np.ndarray | Tensor) -> list[Any]:
+        """A clip (B, n, height, width, 3) that a session begins with, cut into chunks.
+
+        Raises:
+            InputError: n is not ``first_frames + k F``.
+        """
+        rest = clip.shape[1] - self.first_frames
+        if rest < 0 or rest % self.chunk_frames:
+            raise InputError(
+                f"a clip of {clip.shape[1]} frames, expected {self.first_frames} + {self.chunk_frames} k"
+            )
+        ends = range(self.first_frames, clip.shape[1] + 1, self.chunk_frames)
+        return [clip[:, max(0, end - self.chunk_frames) if i else 0 : end] for i, end in enumerate(ends)]
 
     # ---- sessions -----------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -198,7 +231,7 @@ class WorldModel:
                 raise InputError("this world takes no prompts; leave them out")
             return None, None, None
         captions = check_captions(prompts, rows)
-        text = self.prompts(captions).to(self.flow.deep.sos)
+        text = self.prompts(captions).to(self.device)
         guided = self.spec.sampling.guidance > 0
         return captions, text, self.prompts([""] * rows).to(text) if guided else None
 
@@ -226,6 +259,10 @@ class WorldModel:
         Raises:
             InputError: an index outside the bank.
         """
+        if "frames" not in self.starts:
+            raise InputError(
+                "this world has no bank of clips; observe a picture or a clip, or begin from nothing"
+            )
         bank = self.starts["frames"]
         if starts is None:
             starts = [int(np.random.default_rng(int(s)).integers(len(bank))) for s in seed_tensor(seeds)]
@@ -236,6 +273,16 @@ class WorldModel:
         index = np.asarray(starts, dtype=np.int64)
         actions = self.with_prompts(self.start_actions(index), prompts)
         return self.observe_clip(self.initial_state(seeds, prompts), bank[index], actions)
+
+    @property
+    def start_chunks(self) -> int:
+        """Chunks of a clip of the bank, 1 for a world without one."""
+        if "frames" not in self.starts:
+            return 1
+        bank = self.starts["frames"]
+        return (
+            bank.shape[1] if bank.ndim == 6 else 1 + (bank.shape[1] - self.first_frames) // self.chunk_frames
+        )
 
     def start_actions(self, index: np.ndarray) -> Any:
         """Actions (B, T, ...) of clips of the bank, or None for a world without actions."""
@@ -258,10 +305,14 @@ class WorldModel:
     def observe_clip(
         self, state: WorldState, frames: np.ndarray | Tensor, actions: Any
     ) -> tuple[WorldState, list[Chunk]]:
-        """Observe several chunks: frames (B, T, F, height, width, 3) uint8, actions (B, T, ...) (dict of such) or None."""
+        """Observe several chunks: frames (B, T, F, height, width, 3) uint8, actions (B, T, ...) (dict of such) or None.
+
+        Frames may also be a clip (B, n, height, width, 3) that the sessions begin with, see `chunks_of`.
+        """
+        parts = self.chunks_of(frames) if frames.ndim == 5 else [frames[:, t] for t in range(frames.shape[1])]
         chunks = []
-        for t in range(frames.shape[1]):
-            state, chunk = self.observe(state, frames[:, t], _at(actions, t))
+        for t, part in enumerate(parts):
+            state, chunk = self.observe(state, part, _at(actions, t))
             chunks.append(chunk)
         return state, chunks
 
@@ -286,6 +337,7 @@ class WorldModel:
         sampling = sampling or self.spec.sampling
         packed, features = self._action(action, state.rows)
         state = self._told(state, action, sampling.guidance)
+        self.next_frames(state)
         if noise is None:
             noise = normal(state.seeds, state.branches, state.steps, SAMPLE, self.latent_shape)
             noise = noise * sampling.temperature
@@ -300,13 +352,11 @@ class WorldModel:
         after, chunk = self._commit(state, context, x, features, packed, sampling.guidance)
         latent = self.flow.latents(self._clean(after), self.grid)[:, 0]
         frames, codec = self.codec.decode(latent[:, None], state.codec)
-        outcome = self.heads(state.latent, latent, packed)
+        if codec:  # a codec that remembers: its encoder has to see what was imagined
+            _, codec = self.codec.encode(frames, codec)
         chunk = replace(
-            chunk,
+            self._judged(chunk, state.latent, latent, packed),
             frames=frames,
-            latent=latent,
-            reward=outcome.reward,
-            termination=outcome.termination,
             sweeps=solved.sweeps,
             residual=solved.residual,
         )
@@ -330,10 +380,9 @@ class WorldModel:
         x = self.flow.tokens((latent + self.flow.config.noise_std * noise.to(self.device))[:, None])
         context = self._room(state, self.spec.sampling)
         after, chunk = self._commit(state, context, x, features, packed, 0.0)
-        outcome = self.heads(state.latent, latent, packed)
-        chunk = replace(
-            chunk, frames=pixels, latent=latent, reward=outcome.reward, termination=outcome.termination
-        )
+        if codec:  # and its decoder what was observed
+            _, codec = self.codec.decode(latent[:, None], codec)
+        chunk = replace(self._judged(chunk, state.latent, latent, packed), frames=pixels)
         return replace(after, latent=latent, codec=codec), chunk
 
     @torch.no_grad()
@@ -418,7 +467,7 @@ class WorldModel:
         return packed, with_rows(MATRIX_ROWS, self.actions, packed, present)[:, None]
 
     def _encode(self, state: WorldState, frames: np.ndarray | Tensor) -> tuple[Tensor, Tensor, CodecState]:
-        expected = (state.rows, *self.frames_shape)
+        expected = (state.rows, self.next_frames(state), *self.spec.frame_size, 3)
         try:
             pixels = torch.as_tensor(frames)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -431,6 +480,14 @@ class WorldModel:
             )
         latents, codec = self.codec.encode(pixels.to(self.device), state.codec)
         return pixels, latents[:, 0], codec
+
+    def _judged(self, chunk: Chunk, previous: Tensor, latent: Tensor, packed: Tensor) -> Chunk:
+        """The chunk with its clean latent, and with reward and termination where the world has heads."""
+        chunk = replace(chunk, latent=latent)
+        if self.heads is None:
+            return chunk
+        outcome = self.heads(previous, latent, packed)
+        return replace(chunk, reward=outcome.reward, termination=outcome.termination)
 
     def _told(self, state: WorldState, action: Any, guidance: float = 0.0) -> WorldState:
         """The sessions under the prompts of ``action``, and with a past under the empty one where guidance asks for it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -39,6 +40,7 @@ class ConvCodecConfig:
     widths: tuple[int, ...] = (64, 96, 160)
     encoder_blocks: tuple[int, ...] = (1, 1, 1)
     decoder_blocks: tuple[int, ...] = (2, 2, 1)
+    kind: Literal["conv"] = "conv"
 
     def __post_init__(self) -> None:
         """Raises ConfigError if the parts do not fit each other, or for sizes that no model has."""
@@ -50,6 +52,11 @@ class ConvCodecConfig:
             raise ConfigError(
                 f"frames of {self.height}x{self.width} are not multiples of stride {self.stride}"
             )
+
+    @property
+    def first_frames(self) -> int:
+        """Pixel frames of the first latent frame: F, as of any other."""
+        return self.frames
 
     @property
     def stride(self) -> int:

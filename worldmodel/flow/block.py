@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from worldmodel.flow.affine import Affine, affine_from_head
 from worldmodel.flow.attention import Attention
@@ -58,6 +59,9 @@ class FinalNorm(nn.Module):
 class Transformer(nn.Module):
     """Tokens (B, S, ``inputs``) to (B, S, ``outputs``); optional condition tokens in front, optional action features added.
 
+    Hidden states have the dtype of the weights (bfloat16 for the published models); tokens, statistics of the norms,
+    rotations and the head's outputs are float32, so solves and densities are.
+
     ``text_dim`` > 0 adds the projection of condition tokens; ``action_dim`` > 0 a zero-initialised projection of
     action features, so that a model without actions is unchanged when they are added.
     """
@@ -88,10 +92,16 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor, actions: Tensor | None) -> Tensor:
         """Projected tokens (B, S, D), plus the embedding of action features (B, S, E) where the model has them."""
-        x = self.proj_in(tokens)
+        dtype = self.proj_in.weight.dtype
+        x = self.proj_in(tokens.to(dtype))
         if self.proj_action is not None and actions is not None:
-            x = x + self.proj_action(actions)
+            x = x + self.proj_action(actions.to(dtype))
         return x
+
+    def embed_text(self, text: Tensor) -> Tensor:
+        """Condition tokens (B, L, text_dim) to (B, L, D); only for a transformer that has them."""
+        assert self.proj_text is not None
+        return self.proj_text(text.to(self.proj_text.weight.dtype))
 
     def run(
         self, x: Tensor, rotary: Rotary, mask: Tensor | str = "causal", past: KVCache | None = None
@@ -104,8 +114,14 @@ class Transformer(nn.Module):
         return x
 
     def head(self, x: Tensor) -> Tensor:
-        """Hidden states (B, S, D) to outputs (B, S, ``outputs``)."""
-        return self.proj_out(self.final_norm(x))
+        """Hidden states (B, S, D) to outputs (B, S, ``outputs``), in at least float32."""
+        x, out = self.final_norm(x), self.proj_out
+        if x.dtype in (
+            torch.bfloat16,
+            torch.float16,
+        ):  # the outputs move tokens: 8 bits of mantissa are too few
+            return F.linear(x.float(), out.weight.float(), out.bias.float())
+        return out(x)
 
 
 class Block(nn.Module):

@@ -159,9 +159,8 @@ class DeepBlock(Block):
 
     def _with_text(self, rotary: Rotary, x: Tensor, text: Tensor) -> tuple[Rotary, Tensor]:
         t = self.transformer
-        assert t.proj_text is not None
         table = text_rotary(text.shape[1], 0, self.scale, t.head_dim, x.device)
-        return concat_rotary(table, rotary), torch.cat((t.proj_text(text).to(x.dtype), x), dim=1)
+        return concat_rotary(table, rotary), torch.cat((t.embed_text(text), x), dim=1)
 
     # ---- with the past in the cache -------------------------------------------------------------------------------
     def start(
@@ -176,12 +175,13 @@ class DeepBlock(Block):
         """An empty context of ``rows`` sequences; condition tokens, if any, are already in the caches."""
         tokens = grid[0] * grid[1]
         room = (window + 1) * tokens
+        new_zeros = self.sos.to(torch.promote_types(self.sos.dtype, torch.float32)).new_zeros
         return Context(
             grid,
             self._begin(rows, text, 0, room),
             None if uncond_text is None else self._begin(rows, uncond_text, 0, room),
-            self.sos.new_zeros(rows, window, tokens, self.sos.shape[-1]),
-            self.sos.new_zeros(rows, window, features) if features else None,
+            new_zeros(rows, window, tokens, self.sos.shape[-1]),
+            new_zeros(rows, window, features) if features else None,
             text,
             uncond_text,
         )
@@ -199,9 +199,8 @@ class DeepBlock(Block):
         length = text.shape[1]
         cohort = cohort.reserve(self.kv_shape(), length, length + room)
         t = self.transformer
-        assert t.proj_text is not None
         rotary = text_rotary(length, first, self.scale, t.head_dim, text.device)
-        t.run(t.proj_text(text), rotary, past=KVCache((cohort,)))
+        t.run(t.embed_text(text), rotary, past=KVCache((cohort,)))
         return KVCache((replace(cohort.extended(length, 0), prefix=length),))
 
     def reserve(self, context: Context, frames: int = 1) -> Context:
@@ -250,7 +249,7 @@ class DeepBlock(Block):
         fresh = [c.next_position == 0 for c in context.cache.cohorts for _ in range(c.rows)]
         if not any(fresh):
             return last
-        sos = self.sos.expand(last.shape)
+        sos = self.sos.to(last.dtype).expand(last.shape)
         if all(fresh):
             return sos
         return torch.where(torch.tensor(fresh, device=last.device)[:, None, None], sos, last)

@@ -70,7 +70,7 @@ class Denoiser(nn.Module):
         length = 0 if text is None else text.shape[1]
         if text is not None and t.proj_text is not None:
             rotary = concat_rotary(text_rotary(length, 0, self.scale, t.head_dim, x.device), rotary)
-            x = torch.cat((t.proj_text(text).to(x.dtype), x), dim=1)
+            x = torch.cat((t.embed_text(text), x), dim=1)
         mask = frame_mask(frames, tokens, length, self.look_ahead, self.window, x.device)
         if valid is not None:
             keys = torch.cat(
