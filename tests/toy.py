@@ -24,8 +24,38 @@ FRAME = (32, 32)
 BOX = spaces.Box(-2.0, 2.0, (1,), np.float32)
 TEXT = spaces.Text(64, min_length=0, charset=string.printable)
 TOLD = spaces.Dict({"prompt": TEXT, "action": BOX})
-WORDS = ("a", "the", "corgi", "cat", "dog", "looks", "runs", "sleeps", "red", "blue", "camera", "at", "video", "fps")
-WORDS += ("image", "noise", "level", "aspect", "ratio", "with", "an", "in", "extend", "v2v", ":", "(", ")", ".")
+WORDS = (
+    "a",
+    "the",
+    "corgi",
+    "cat",
+    "dog",
+    "looks",
+    "runs",
+    "sleeps",
+    "red",
+    "blue",
+    "camera",
+    "at",
+    "video",
+    "fps",
+)
+WORDS += (
+    "image",
+    "noise",
+    "level",
+    "aspect",
+    "ratio",
+    "with",
+    "an",
+    "in",
+    "extend",
+    "v2v",
+    ":",
+    "(",
+    ")",
+    ".",
+)
 TEXT_TOKENS, TEXT_DIM = 40, 16
 
 
@@ -128,7 +158,11 @@ def write_t5(path: Path, seed: int = 0) -> Path:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True)]
+        [
+            pre_tokenizers.Whitespace(),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
     )
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
     fast = PreTrainedTokenizerFast(

@@ -261,7 +261,7 @@ class WorldState:
             codec = {k.removeprefix("codec."): v for k, v in tensors.items() if k.startswith("codec.")}
             counters = [tensors[k].cpu() for k in ("seeds", "branches", "forks", "steps", "log_prob")]
             prompts = tuple(str(p) for p in header["prompts"]) if "prompts" in header else None
-            state = cls(context, tensors["noisy"], tensors["latent"], codec, *counters, prompts)
+            state = cls(context, tensors["noisy"], tensors["latent"], codec, *counters, prompts=prompts)
             state._check()
             return state
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, AssertionError) as error:

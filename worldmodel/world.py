@@ -8,7 +8,6 @@ the codec make frames of an imagined one.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from worldmodel.checkpoint import WorldFiles, WorldSpec, read_world
 from worldmodel.codec.base import Codec, CodecState
+from worldmodel.codec.wan import WanCodec
 from worldmodel.condition.actions import ActionEncoder
 from worldmodel.condition.prompts import Prompts
 from worldmodel.condition.spaces import pack_actions, prompt_key, prompts_of
@@ -128,9 +128,28 @@ class WorldModel:
 
     def with_sampling(self, sampling: Sampling) -> WorldModel:
         """The same world with another sampler of its own."""
-        other = copy.copy(self)
-        other.spec = replace(self.spec, sampling=sampling)
+        return self._with(replace(self.spec, sampling=sampling))
+
+    def at(self, frame_size: tuple[int, int]) -> WorldModel:
+        """The same weights for frames of another size (height, width), without the bank and the heads.
+
+        Raises:
+            InputError: the codec has one frame size.
+        """
+        if frame_size == self.spec.frame_size:
+            return self
+        if not isinstance(self.codec, WanCodec):
+            raise InputError(f"this world's codec has one frame size, {self.spec.frame_size}")
+        codec = self.codec.at(frame_size)
+        spec = replace(self.spec, frame_size=frame_size, codec=codec.config, heads=None, bank=False)
+        other = self._with(spec)
+        other.codec, other.heads, other.starts = codec, None, {}
+        other.prompts = None if self.prompts is None else self.prompts.at(frame_size)
         return other
+
+    def _with(self, spec: WorldSpec) -> WorldModel:
+        parts = self.flow, self.codec, self.actions, self.heads, self.starts, self.fingerprint
+        return WorldModel(spec, *parts, self.prompts)
 
     # ---- geometry ---------------------------------------------------------------------------------------------------
     @property
@@ -170,8 +189,10 @@ class WorldModel:
         Raises:
             InputError: some sessions have begun and some have not, and their chunks differ in length.
         """
-        begun = state.steps > 0
-        if self.first_frames != self.chunk_frames and bool(begun.any()) and not bool(begun.all()):
+        begun = self.codec.begun(state.codec)
+        if begun is None:
+            return self.chunk_frames
+        if bool(begun.any()) and not bool(begun.all()):
             raise InputError(
                 f"some sessions are before their first chunk ({self.first_frames} frames) and some after it "
                 f"({self.chunk_frames}); select() them apart, and concat them when all have begun"
@@ -235,6 +256,13 @@ class WorldModel:
         guided = self.spec.sampling.guidance > 0
         return captions, text, self.prompts([""] * rows).to(text) if guided else None
 
+    def begin_clip(self, state: WorldState) -> WorldState:
+        """The same sessions at the first frame of another clip: the flow's past stays, the codec begins anew.
+
+        So a source clip comes before its target in video-to-video, as trained.
+        """
+        return replace(state, codec=self.codec.initial_state(state.rows))
+
     def prompt(self, state: WorldState, prompts: Sequence[str]) -> WorldState:
         """The same sessions under other captions, one for each; see `worldmodel.prompted.switched`.
 
@@ -244,6 +272,17 @@ class WorldModel:
         if self.prompts is None:
             raise InputError("this world takes no prompts")
         return switched(self.flow, self.prompts, state, prompts)
+
+    def adopt(self, state: WorldState) -> WorldState:
+        """Sessions of the same weights under another sampler, as this world's own: with a past under the empty prompt where
+        its sampler has guidance and without one where it has none, so that they can share a batch.
+        """
+        context, guided = state.context, self.spec.sampling.guidance > 0
+        if self.prompts is None or guided == (context.uncond is not None):
+            return state
+        if guided:
+            return replace(state, context=with_unconditional(self.flow, self.prompts, context))
+        return replace(state, context=replace(context, uncond=None, uncond_text=None))
 
     def reset(
         self,
@@ -450,7 +489,7 @@ class WorldModel:
         expected.pop("uncond_text", None)  # sessions may do without
         if misfits := [k for k, v in expected.items() if found.get(k) != v]:
             raise CheckpointError(f"{path}: does not fit this world's configuration ({', '.join(misfits)})")
-        return state
+        return self.adopt(state)
 
     # ---- parts ----------------------------------------------------------------------------------------------------------
     def _action(self, action: Any, rows: int) -> tuple[Tensor, Tensor | None]:

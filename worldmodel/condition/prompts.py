@@ -122,7 +122,8 @@ def _read_t5(name: str, device: torch.device) -> tuple:
             "Hugging Face Hub (google/flan-t5-xl: 11.4 GB), or name its directory as text.encoder in world.json, "
             "or bring a folder of encoded prompts (--prompt-cache)"
         ) from error
-    return tokenizer, model.to(device).eval().requires_grad_(False)
+    model.to(device=device)
+    return tokenizer, model.eval().requires_grad_(False)
 
 
 class Prompts:
@@ -170,7 +171,8 @@ class Prompts:
         return for_task(caption, "extend") if self.config.extend else caption
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Condition tokens (B, L, text_dim) float32 on the CPU, zero where the text is shorter; "" is the unconditional one.
+        """Condition tokens (B, L, text_dim) float32 on the CPU, zero where the text is shorter; "" is the
+        unconditional one.
 
         Raises:
             ConfigError, CheckpointError: no encoder, see `T5`, or a damaged file in ``folder``.

@@ -60,8 +60,8 @@ def space_from_json(data: Mapping[str, Any]) -> spaces.Space[Any]:
         if kind == "Dict":
             return spaces.Dict({k: space_from_json(v) for k, v in data["spaces"].items()})
         if kind == "Text":
-            low, high = int(data.get("min_length", 1)), int(data["max_length"])
-            return spaces.Text(high, min_length=low, charset=string.printable)
+            least = int(data.get("min_length", 1))
+            return spaces.Text(int(data["max_length"]), min_length=least, charset=string.printable)
     except (AttributeError, KeyError, TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"not a description of a space: {data!r:.120} ({error})") from error
     raise ConfigError(f"unknown kind of space {kind!r}; expected Discrete, MultiDiscrete, Box, Dict or Text")
