@@ -220,7 +220,7 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
         check_snapshot(self.world, snapshot, self.options)
         self.np_random.bit_generator.state = copy.deepcopy(snapshot.rng)
         self._unrendered.clear()
-        self._session = snapshot.state, snapshot.turn, snapshot.chunk
+        self._session = self.world.adopt(snapshot.state), snapshot.turn, snapshot.chunk
 
     def fork(self, n: int) -> list[WorldModelEnv]:
         """``n`` environments that share this past. The first continues as this one would, the others with

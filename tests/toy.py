@@ -97,13 +97,7 @@ def write_toy(
     path: Path, space: spaces.Space = BOX, seed: int = 0, frame: tuple[int, int] = FRAME, **overrides: object
 ) -> Path:
     """A toy world directory with the given action space and frame size; one with prompts brings a tiny T5."""
-    text = None
-    if prompt_key(space) is not None:
-        write_t5(path / "text", seed)
-        text = TextConfig("text")
-        overrides = {"text_tokens": TEXT_TOKENS, "text_dim": TEXT_DIM, **overrides}
-        if not packed_size(space):
-            overrides = {"action_features": 0, **overrides}
+    text, overrides = write_text(path, space, seed, overrides)
     flow = toy_flow(seed, **overrides)
     codec = ConvCodec(
         ConvCodecConfig(
@@ -147,6 +141,19 @@ def write_toy(
     tensors = {"flow": half_precision(parts), "codec": half_precision(codec), "heads": half_precision(heads)}
     write_world(path, spec, tensors, starts, "# toy\n")
     return path
+
+
+def write_text(
+    path: Path, space: spaces.Space, seed: int, overrides: dict[str, object]
+) -> tuple[TextConfig | None, dict[str, object]]:
+    """What a world with this action space needs for prompts, and the flow's sizes with it."""
+    if prompt_key(space) is None:
+        return None, overrides
+    write_t5(path / "text", seed)
+    sizes: dict[str, object] = {"text_tokens": TEXT_TOKENS, "text_dim": TEXT_DIM}
+    if not packed_size(space):
+        sizes["action_features"] = 0
+    return TextConfig("text"), {**sizes, **overrides}
 
 
 def write_t5(path: Path, seed: int = 0) -> Path:
@@ -194,25 +201,35 @@ def wan_config(**overrides: object) -> WanCodecConfig:
     return WanCodecConfig(**{**values, **overrides})
 
 
-def write_wan_toy(path: Path, seed: int = 0, dtype: str = "float32", **overrides: object) -> Path:
+def write_wan_toy(
+    path: Path,
+    seed: int = 0,
+    dtype: str = "float32",
+    space: spaces.Space = BOX,
+    fps: float = 16.0,
+    **overrides: object,
+) -> Path:
     """A toy world with the Wan2.2 codec, no heads and no bank, as a published model is."""
+    text, overrides = write_text(path, space, seed, overrides)
     flow = toy_flow(seed, **overrides)
     torch.manual_seed(seed)
     codec = WanCodec(wan_config())
-    actions = ActionEncoder(ActionEncoderConfig(1, flow.config.action_features))
+    packed = packed_size(space)
+    actions = ActionEncoder(ActionEncoderConfig(packed, flow.config.action_features)) if packed else None
     spec = WorldSpec(
         name="wan-toy",
         frame_size=FRAME,
-        fps=16.0,
-        action_space_json=space_to_json(BOX),
+        fps=fps,
+        action_space_json=space_to_json(space),
         flow=flow.config,
         codec=codec.config,
-        actions=actions.config,
+        actions=ActionEncoderConfig(0) if actions is None else actions.config,
         heads=None,
+        text=text,
         dtype=dtype,
         bank=False,
     )
-    parts = nn.ModuleDict({"flow": flow, "actions": actions})
+    parts = nn.ModuleDict({"flow": flow} if actions is None else {"flow": flow, "actions": actions})
     write_world(path, spec, {"flow": half_precision(parts), "codec": codec.state_dict()}, {}, "# toy\n")
     return path
 
