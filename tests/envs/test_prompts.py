@@ -33,8 +33,9 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> WorldModel:
     return WorldModel.load(write_wan_toy(tmp_path_factory.mktemp("worlds") / "wan", space=TEXT))
 
 
-@pytest.mark.parametrize("mode", [{}, {"step_mode": "frame"}, {"guidance": 1.5}], ids=str)
-@pytest.mark.parametrize("name", ["told", "both", "wan"])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("told", {"guidance": 1.5}), ("both", {}), ("wan", {"step_mode": "frame"})]
+)
 def test_gymnasium_check_env(name: str, mode: Any, request: pytest.FixtureRequest) -> None:
     env = envs.WorldModelEnv(request.getfixturevalue(name), **mode)
     expected = TOLD if name == "both" else TEXT
@@ -43,7 +44,7 @@ def test_gymnasium_check_env(name: str, mode: Any, request: pytest.FixtureReques
 
 
 def test_a_prompt_a_step(told: WorldModel) -> None:
-    env = envs.WorldModelEnv(told, max_chunks=None)
+    env = envs.WorldModelEnv(told, max_chunks=None, termination_threshold=2.0)
     first, info = env.reset(seed=0, options={"prompt": "a corgi"})
     assert first.shape == (4, 32, 32, 3) and info["chunk"] == 0 and env.state.steps.tolist() == [1]
     assert env.state.prompts == ("a corgi",)
@@ -94,9 +95,9 @@ def test_a_world_without_prompts_refuses_them(toy: WorldModel) -> None:
 @pytest.mark.parametrize("name", ["told", "both"])
 def test_slots_of_a_batch_are_environments(name: str, request: pytest.FixtureRequest) -> None:
     world = request.getfixturevalue(name)
-    batch = envs.WorldModelVectorEnv(world, 2, guidance=1.5, max_chunks=None)
+    batch = envs.WorldModelVectorEnv(world, 2, guidance=1.5, max_chunks=None, termination_threshold=2.0)
     assert isinstance(batch.action_space, spaces.Dict if name == "both" else spaces.Tuple)
-    singles = [envs.WorldModelEnv(world, guidance=1.5, max_chunks=None) for _ in range(2)]
+    singles = [envs.WorldModelEnv(world, guidance=1.5, max_chunks=None, termination_threshold=2.0) for _ in range(2)]
     options = {"prompt": "a corgi"}
     frames, _ = batch.reset(seed=7, options=options)
     for i, env in enumerate(singles):
