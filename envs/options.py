@@ -13,7 +13,8 @@ import numpy as np
 from gymnasium import spaces
 
 from worldmodel import InputError, Sampling, WorldModel
-from worldmodel.checkpoint import WorldSpec, find_world, read_spec
+from worldmodel.checkpoint import WorldSpec, read_spec
+from worldmodel.published import obtain
 
 StepMode = Literal["chunk", "frame"]
 Observation = Literal["pixels", "latent"]
@@ -82,7 +83,7 @@ def spec_of(world: str | Path | WorldModel) -> WorldSpec:
     Raises:
         CheckpointError: no such world. ConfigError: an unknown or missing key.
     """
-    return world.spec if isinstance(world, WorldModel) else read_spec(world)
+    return world.spec if isinstance(world, WorldModel) else read_spec(obtain(world))
 
 
 def load_world(world: str | Path | WorldModel, options: EnvOptions) -> WorldModel:
@@ -92,7 +93,7 @@ def load_world(world: str | Path | WorldModel, options: EnvOptions) -> WorldMode
         CheckpointError: a corrupt or truncated world directory.
     """
     if not isinstance(world, WorldModel):
-        path = find_world(world).resolve()
+        path = obtain(world).resolve()
         world = _load_once(path, (path / "world.json").stat().st_mtime_ns)
     return world.with_sampling(options.sampling(world.spec.sampling))
 

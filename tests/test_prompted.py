@@ -241,7 +241,9 @@ def test_score_and_observe_take_prompts_and_change_nothing(world: WorldModel) ->
     assert torch.equal(state.context.text, text) and state.prompts == ("a corgi",)
     assert float(corgi.log_prob) != float(cat.log_prob)
     after, chunk = world.observe(state, frames, ["a cat"])
-    assert after.prompts == ("a cat",) and float(chunk.log_prob) == pytest.approx(float(cat.log_prob), abs=1e-4)
+    assert after.prompts == ("a cat",) and float(chunk.log_prob) == pytest.approx(
+        float(cat.log_prob), abs=1e-4
+    )
 
 
 def test_the_banks_captions_hold_unless_others_are_given(world: WorldModel, both: WorldModel) -> None:

@@ -99,7 +99,9 @@ def test_video_to_video_has_the_source_before_it_and_begins_a_clip_of_its_own(wo
 
 def test_a_world_of_pictures_makes_one(tmp_path: Path) -> None:
     still = WorldModel.load(write_wan_toy(tmp_path / "still", space=TEXT, fps=0.0, window=1, context=1))
-    assert still.prompts is not None and still.prompts.text("a corgi").startswith("Noise Level 300:\nAn image:")
+    assert still.prompts is not None and still.prompts.text("a corgi").startswith(
+        "Noise Level 300:\nAn image:"
+    )
     frames, record = run(still, Brief("a corgi"))
     assert frames.shape == (1, 32, 32, 3) and record["task"] == "text-to-image"
     with pytest.raises(InputError, match="no video"):
@@ -124,7 +126,10 @@ def test_the_record_is_what_was_asked_and_how_likely_it_is(world: WorldModel) ->
     brief = Brief("a corgi", image=clip(1)[0], chunks=2, seed=3)
     frames, record = run(guided, brief)
     assert json.loads(json.dumps(record, allow_nan=False)) == record
-    assert frames.shape == (9, 32, 32, 3) and [c["kind"] for c in record["chunks"]] == ["observed"] + ["imagined"] * 2
+    assert (
+        frames.shape == (9, 32, 32, 3)
+        and [c["kind"] for c in record["chunks"]] == ["observed"] + ["imagined"] * 2
+    )
     chunks = made(guided, brief)
     assert [c["log_prob"] for c in record["chunks"]] == [float(m.chunk.log_prob) for m in chunks]
     assert record["chunks"][1]["guided_log_prob"] is not None and record["chunks"][1]["prompt_gain"] != 0

@@ -58,9 +58,9 @@ class WorldSpec:
 
     frame_size: (height, width) pixels. fps: pixel frames a second. heads: of reward and termination, None for a world
     that knows neither. text: how prompts condition it, None for a world without. dtype: of the flow's weights and hidden
-    states; tokens, affine maps and densities are float32 whatever it is. bank: it has real clips to start from. environment: id and arguments of the real
-    environment it was learned from, and how episodes were collected. provenance: how it was
-    made. quality: measured on held-out episodes.
+    states; tokens, affine maps and densities are float32 whatever it is. bank: it has real clips to start from.
+    environment: id and arguments of the real environment it was learned from, and how episodes were collected.
+    provenance: how it was made. quality: measured on held-out episodes.
     """
 
     name: str
@@ -123,15 +123,14 @@ class WorldFiles:
         Raises:
             CheckpointError: missing or unexpected keys, or wrong shapes; all of them are listed.
         """
-        modules = empty_modules(self.spec)
+        modules: dict[str, Any] = empty_modules(self.spec)
         for part in self.spec.parts:
             _load_strict(modules[part], self.tensors[part], self.path / f"{part}.safetensors", device)
             modules[part].eval().requires_grad_(False)
-        flow, codec = modules["flow"]["flow"], modules["codec"]
+        parts, codec = dict(modules["flow"].items()), modules["codec"]
         if isinstance(codec, ConvCodec):
             channels_last(codec)
-        actions = modules["flow"]["actions"] if "actions" in modules["flow"] else None
-        return flow, codec, actions, modules.get("heads")
+        return parts["flow"], codec, parts.get("actions"), modules.get("heads")
 
 
 def empty_modules(spec: WorldSpec) -> dict[str, Any]:
@@ -145,9 +144,12 @@ def empty_modules(spec: WorldSpec) -> dict[str, Any]:
         return modules if spec.heads is None else {**modules, "heads": Heads(spec.heads)}
 
 
-def _load_strict(
-    module: nn.Module, tensors: Mapping[str, Tensor], where: Path, device: torch.device | str
-) -> None:
+def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Check that tensors have the names and shapes of a module's state dict.
+
+    Raises:
+        CheckpointError: missing or unexpected keys, or wrong shapes.
+    """
     expected = module.state_dict()
     missing = sorted(set(expected) - set(tensors))
     extra = sorted(set(tensors) - set(expected))
@@ -162,7 +164,14 @@ def _load_strict(
         if keys
     ]
     if problems:
-        raise CheckpointError(f"{where}: does not fit world.json; " + "; ".join(problems))
+        raise CheckpointError(f"{where}: does not fit its configuration; " + "; ".join(problems))
+
+
+def _load_strict(
+    module: nn.Module, tensors: Mapping[str, Tensor], where: Path, device: torch.device | str
+) -> None:
+    check_fit(module, tensors, where)
+    expected = module.state_dict()
     ready = {k: v.to(device, expected[k].dtype) for k, v in tensors.items()}
     module.load_state_dict(ready, assign=True)
 
@@ -252,11 +261,11 @@ def _read_starts(file: Path, spec: WorldSpec) -> Mapping[str, np.ndarray]:
             f"{file}: cannot be read ({' '.join(str(error).split()):.80}); copy the world directory again"
         ) from error
     frames, codec = starts["frames"], spec.codec
-    if codec.first_frames == codec.frames:
-        expected, chunks = ("T", codec.frames), frames.shape[1:2]
-    else:  # clips that begin with a picture are not whole chunks
-        expected, chunks = (f"{codec.first_frames} + {codec.frames} k",), _chunks(frames, codec)
-    named = ("S", *expected, *spec.frame_size, 3)
+    named: tuple[str | int, ...] = ("S", "T", codec.frames, *spec.frame_size, 3)
+    chunks = frames.shape[1:2]
+    if codec.first_frames != codec.frames:  # clips that begin with a picture are not whole chunks
+        named = ("S", f"{codec.first_frames} + {codec.frames} k", *spec.frame_size, 3)
+        chunks = _chunks(frames, codec)
     fits = frames.ndim == len(named) and all(
         n == e for n, e in zip(frames.shape, named, strict=True) if isinstance(e, int)
     )

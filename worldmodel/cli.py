@@ -22,19 +22,34 @@ app = typer.Typer(
 )
 
 World = Annotated[
-    str, typer.Argument(help="A world that ships with the package (pendulum), or a world directory.")
+    str,
+    typer.Argument(
+        help="A world that ships with the package (pendulum), a world directory, or apple/starflow-v."
+    ),
 ]
 
 
 @app.command()
 def info(
-    world: World, as_json: Annotated[bool, typer.Option("--json", help="Print world.json as it is.")] = False
+    world: World,
+    as_json: Annotated[bool, typer.Option("--json", help="Print world.json, or the plan, as JSON.")] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Print what it needs and how much of it fits here; loads nothing, needs no weights.",
+        ),
+    ] = False,
 ) -> None:
     """What a world is: spaces, sizes, how it was made, and its measured quality."""
+    if plan:
+        _print_plan(world, as_json)
+        return
     from worldmodel.checkpoint import read_world
     from worldmodel.files import config_to_dict
+    from worldmodel.published import obtain
 
-    files = read_world(world)
+    files = read_world(obtain(world))
     spec = files.spec
     if as_json:
         print(json.dumps(config_to_dict(spec), indent=2))
@@ -57,13 +72,27 @@ def info(
         ),
         ("parameters", ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in count.items())),
         ("size", f"{size / 1e6:.1f} MB on disk, fingerprint {files.fingerprint[:12]}"),
-        ("starts", f"{len(files.starts['frames'])} real clips"),
+        (
+            "starts",
+            f"{len(files.starts['frames'])} real clips" if files.starts else "none: begin with a picture",
+        ),
     ]
     rows += [
         (f"quality: {k}", ", ".join(f"{n} {x:.4g}" for n, x in v.items())) for k, v in spec.quality.items()
     ]
     for name, value in rows:
         print(f"{name:16s} {value}")
+
+
+def _print_plan(world: str, as_json: bool) -> None:
+    from worldmodel.plan import devices, plan
+    from worldmodel.published import planned_spec
+
+    counted = plan(planned_spec(world))
+    if as_json:
+        print(json.dumps(counted.to_json(devices()), indent=2))
+    else:
+        print("\n".join([f"{counted.name}: before anything is loaded", *counted.lines(devices())]))
 
 
 @app.command()

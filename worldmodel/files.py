@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import secrets
 import types
 import typing
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from worldmodel.errors import CheckpointError, ConfigError
@@ -184,6 +186,32 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], bytes]:
     if set(tensors) != set(owners):
         raise CheckpointError(f"{index} and its shards hold different tensors; convert the weights again")
     return tensors, index.read_bytes()
+
+
+def read_pth(path: Path) -> dict[str, Tensor]:
+    """The state dict of a PyTorch ``.pth``, mapped from the file; no code in it is run.
+
+    Raises:
+        CheckpointError: truncated, not a checkpoint, or not a plain state dict.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        size = path.stat().st_size / 1e9
+        raise CheckpointError(
+            f"{path} ({size:.2f} GB) is truncated or not a PyTorch state dict "
+            f"({' '.join(str(error).split()):.100}); download it again"
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        what = (
+            f"keys {', '.join(map(str, list(state)[:6]))}"
+            if isinstance(state, Mapping)
+            else type(state).__name__
+        )
+        raise CheckpointError(f"{path} is not a state dict of tensors ({what}); give the published file")
+    return dict(state)
 
 
 def save_shards(path: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = 2 * 10**9) -> None:

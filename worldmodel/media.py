@@ -50,7 +50,7 @@ def read_clip(path: Path, frame_size: tuple[int, int], fps: float) -> np.ndarray
         if not good:
             break
         seen += 1
-        wanted = round(seen * step) - len(frames)
+        wanted = int(seen * step + 1e-6) - len(frames)
         if wanted > 0:
             frames += [fitted(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), frame_size)] * wanted
     capture.release()

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldmodel.checkpoint import WorldFiles, WorldSpec, read_world
+from worldmodel.checkpoint import WorldFiles, WorldSpec, read_spec, read_world
 from worldmodel.codec.base import Codec, CodecState
+from worldmodel.codec.taehv import load_fast_decoder
 from worldmodel.codec.wan import WanCodec
 from worldmodel.condition.actions import ActionEncoder
 from worldmodel.condition.prompts import Prompts
@@ -32,7 +33,9 @@ from worldmodel.flow.flow import Flow
 from worldmodel.heads import Heads
 from worldmodel.invariance import MATRIX_ROWS, with_rows
 from worldmodel.noise import OBSERVE, SAMPLE, SCORE, normal, seed_tensor
+from worldmodel.plan import check_memory
 from worldmodel.prompted import check_captions, continued, switched, with_unconditional
+from worldmodel.published import obtain
 from worldmodel.sampling import Sampling
 from worldmodel.state import WorldState
 
@@ -114,14 +117,20 @@ class WorldModel:
     def load(
         cls, name: str | Path, device: torch.device | str = "cpu", prompt_cache: Path | None = None
     ) -> WorldModel:
-        """A world that ships with the package ("pendulum") or a world directory.
+        """A world that ships with the package ("pendulum"), a world directory, or a published model.
+
+        A published model is "apple/starflow-v", or a directory with its ``.pth``; it is converted once, see
+        `worldmodel.published`.
 
         ``prompt_cache``: a folder where encoded prompts are kept, for worlds that take some.
 
         Raises:
-            CheckpointError: no such world, or a corrupt or truncated one. ConfigError: an unknown or missing key.
+            CheckpointError: no such world, a corrupt or truncated one, weights that cannot be had, or too little memory.
+            ConfigError: an unknown or missing key.
         """
-        files: WorldFiles = read_world(name)
+        path = obtain(name)
+        check_memory(read_spec(path), device)
+        files: WorldFiles = read_world(path)
         flow, codec, actions, heads = files.build(device)
         prompts = files.prompts(device, prompt_cache)
         return cls(files.spec, flow, codec, actions, heads, files.starts, files.fingerprint, prompts)
@@ -150,6 +159,21 @@ class WorldModel:
     def _with(self, spec: WorldSpec) -> WorldModel:
         parts = self.flow, self.codec, self.actions, self.heads, self.starts, self.fingerprint
         return WorldModel(spec, *parts, self.prompts)
+
+    def with_fast_decoder(self, path: str | Path) -> WorldModel:
+        """The same world, its frames decoded by the small decoder in a ``taew2_2`` file; for worlds with Wan2.2's codec.
+
+        Raises:
+            InputError: another codec. CheckpointError: a file that is missing, damaged or not such a decoder.
+        """
+        if not isinstance(self.codec, WanCodec):
+            raise InputError(
+                f"{self.spec.name} has a codec of its own; a fast decoder is for Wan2.2's latents"
+            )
+        codec = self.codec.with_fast_decoder(load_fast_decoder(Path(path), self.codec.latent_channels))
+        other = self._with(self.spec)
+        other.codec = codec
+        return other
 
     # ---- geometry ---------------------------------------------------------------------------------------------------
     @property

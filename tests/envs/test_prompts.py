@@ -97,7 +97,9 @@ def test_slots_of_a_batch_are_environments(name: str, request: pytest.FixtureReq
     world = request.getfixturevalue(name)
     batch = envs.WorldModelVectorEnv(world, 2, guidance=1.5, max_chunks=None, termination_threshold=2.0)
     assert isinstance(batch.action_space, spaces.Dict if name == "both" else spaces.Tuple)
-    singles = [envs.WorldModelEnv(world, guidance=1.5, max_chunks=None, termination_threshold=2.0) for _ in range(2)]
+    singles = [
+        envs.WorldModelEnv(world, guidance=1.5, max_chunks=None, termination_threshold=2.0) for _ in range(2)
+    ]
     options = {"prompt": "a corgi"}
     frames, _ = batch.reset(seed=7, options=options)
     for i, env in enumerate(singles):

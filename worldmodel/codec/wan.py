@@ -14,7 +14,7 @@ Axis letters: B batch, T latent frames, F pixel frames, C latent channels; h, w 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -24,8 +24,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from worldmodel.codec.base import CodecState
+from worldmodel.codec.taehv import FastDecoder
 from worldmodel.errors import ConfigError, InputError
-from worldmodel.files import require_at_least
+from worldmodel.files import config_from_dict, require_at_least
 
 OURS = {"height", "width", "later_scale", "decode_dtype", "kind"}
 """Fields of `WanCodecConfig` that are not arguments of `AutoencoderKLWan`."""
@@ -35,9 +36,10 @@ OURS = {"height", "width", "later_scale", "decode_dtype", "kind"}
 class WanCodecConfig:
     """`AutoencoderKLWan`'s own arguments under their own names, and what STARFlow-V adds.
 
-    height, width: pixels of a frame, multiples of the stride. base_dim, decoder_base_dim: channels of encoder and decoder. z_dim: C. dim_mult: one factor a level.
-    temperal_downsample: (as diffusers spells it) which of the halvings in space also halve time. latents_mean,
-    latents_std: (C,). patch_size: pixels of a cell's side at the finest level. later_scale: see the module's text.
+    height, width: pixels of a frame, multiples of the stride. base_dim, decoder_base_dim: channels of encoder and
+    decoder. z_dim: C. dim_mult: one factor a level. temperal_downsample: (as diffusers spells it) which of the halvings
+    in space also halve time. latents_mean, latents_std: (C,). patch_size: pixels of a cell's side at the finest level.
+    later_scale: see the module's text.
     decode_dtype: what the decoder computes in; the encoder always uses float32.
     """
 
@@ -124,8 +126,10 @@ class WanCodecConfig:
         names = {f.name for f in fields(cls)} - OURS
         if missing := sorted(names - set(config)):
             raise ConfigError(f"codec config lacks {', '.join(missing)}; is it Wan2.2's (48 channels)?")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
-        made = cls(height=frame_size[0], width=frame_size[1], **values)
+        values = {k: v for k, v in config.items() if k in names}
+        made = config_from_dict(
+            cls, {**values, "height": frame_size[0], "width": frame_size[1]}, "codec config"
+        )
         for name, value in made.arguments().items():
             if config.get(name, value) != value:
                 raise ConfigError(f"codec config: {name} is {config[name]!r}, expected {value!r} (Wan2.2)")
@@ -187,20 +191,28 @@ def autoencoder(config: WanCodecConfig) -> Any:
 
 
 class WanCodec(nn.Module):
-    """See the module's text. ``vae`` is a diffusers `AutoencoderKLWan`; the keys of its state dict are the file's.
+    """See the module's text. ``vae`` is a diffusers `AutoencoderKLWan`; keys are those of its file, after ``vae.``.
+
+    ``fast``, where it is given, decodes in place of the vae's own decoder.
 
     State: ``encoder.started`` and ``decoder.started`` (B,) bool, and one tensor (B, channels, frames, h', w') for each
-    causal convolution, ``encoder.0`` and so on.
+    causal convolution, ``encoder.0`` and so on (for ``fast``: the last input of each of its memory blocks).
     """
 
-    def __init__(self, config: WanCodecConfig, vae: Any = None) -> None:
+    def __init__(self, config: WanCodecConfig, vae: Any = None, fast: FastDecoder | None = None) -> None:
         super().__init__()
         self.config = config
         self.vae = autoencoder(config) if vae is None else vae
+        self.fast = fast
+
+    def with_fast_decoder(self, fast: FastDecoder) -> WanCodec:
+        """The same encoder with another decoder."""
+        example = next(self.vae.decoder.parameters())
+        return WanCodec(self.config, self.vae, fast.to(example.device, example.dtype))
 
     def at(self, frame_size: tuple[int, int]) -> WanCodec:
         """The same weights for frames of another size (height, width)."""
-        return WanCodec(replace(self.config, height=frame_size[0], width=frame_size[1]), self.vae)
+        return WanCodec(replace(self.config, height=frame_size[0], width=frame_size[1]), self.vae, self.fast)
 
     @property
     def temporal_stride(self) -> int:
@@ -228,7 +240,10 @@ class WanCodec(nn.Module):
         for side, layout in cache_layouts(self.config).items():
             example = next(getattr(self.vae, side).parameters())
             state[f"{side}.started"] = torch.zeros(batch, dtype=torch.bool, device=example.device)
-            for i, shape in enumerate(layout.shapes):
+            shapes: Sequence[tuple[int, ...]] = layout.shapes
+            if side == "decoder" and self.fast is not None:
+                shapes = self.fast.memory_shapes(*self.config.latent_shape[1:])
+            for i, shape in enumerate(shapes):
                 state[f"{side}.{i}"] = example.new_zeros(()).expand(batch, *shape)
         return state
 
@@ -287,6 +302,8 @@ class WanCodec(nn.Module):
         going = self._started(state, "decoder")
         each = list(rearrange(latents.float(), "B T C h w -> B C T h w").split(1, dim=2))
         z = self._scaled(each, going, 1.0 / self.config.later_scale)
+        if self.fast is not None:
+            return self._decode_fast(self.fast, z, state, going)
         z = z * self._column("latents_std", z) + self._column("latents_mean", z)
         z = self.vae.post_quant_conv(z.to(getattr(torch, self.config.decode_dtype)))
         pieces = []
@@ -296,6 +313,18 @@ class WanCodec(nn.Module):
         p = self.config.patch_size
         pixels = rearrange(torch.cat(pieces, dim=2), "B (c q p) F h w -> B c F (h p) (w q)", p=p, q=p)
         return pixels.clamp(-1.0, 1.0), state
+
+    def _decode_fast(
+        self, fast: FastDecoder, z: Tensor, state: CodecState, going: bool
+    ) -> tuple[Tensor, CodecState]:
+        names = [f"decoder.{i}" for i in range(len(fast.memory_shapes(1, 1)))]
+        latents = rearrange(z, "B C T h w -> B T C h w").to(state[names[0]].dtype)
+        pixels, memories = fast(latents, [state[name] for name in names])
+        if not going:
+            pixels = pixels[:, :, self.config.frames - self.config.first_frames :]
+        started = torch.ones_like(state["decoder.started"])
+        after = {**state, **dict(zip(names, memories, strict=True)), "decoder.started": started}
+        return pixels.clamp(-1.0, 1.0), after
 
     # ---- parts ------------------------------------------------------------------------------------------------------
     def _started(self, state: CodecState, side: str) -> bool:

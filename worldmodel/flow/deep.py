@@ -206,17 +206,17 @@ class DeepBlock(Block):
     def reserve(self, context: Context, frames: int = 1) -> Context:
         """The context with free K/V slots for ``frames`` more frames behind every cohort."""
         shape, per_frame = self.kv_shape(), context.u.shape[2]
-        room = (2 * context.window + 1) * per_frame
 
-        def grow(cache: KVCache) -> KVCache:
-            return KVCache(
-                tuple(c.reserve(shape, frames * per_frame, c.prefix + room) for c in cache.cohorts)
-            )
+        def grow(cohort: Cohort) -> Cohort:
+            room = cohort.prefix + (2 * context.window + 1) * per_frame
+            if cohort.segments and cohort.segments[-1].fold > 1:  # a branch: what is left of the window
+                room = (context.window + 1 - cohort.frames) * per_frame
+            return cohort.reserve(shape, frames * per_frame, room)
 
         return replace(
             context,
-            cache=grow(context.cache),
-            uncond=None if context.uncond is None else grow(context.uncond),
+            cache=KVCache(tuple(map(grow, context.cache.cohorts))),
+            uncond=None if context.uncond is None else KVCache(tuple(map(grow, context.uncond.cohorts))),
         )
 
     def release(self, context: Context, frames: int = 1) -> None:

@@ -1,14 +1,19 @@
-"""The published STARFlow-V names: constructor arguments and state-dict keys, mapped strictly."""
+"""The published STARFlow-V names: configuration, constructor arguments and state-dict keys, mapped strictly."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor
 
+from worldmodel.condition.text import TextConfig
 from worldmodel.errors import CheckpointError, ConfigError
+from worldmodel.files import read_json
 from worldmodel.flow.flow import Flow, FlowConfig
 
 DEAD_BUFFERS = ("attn_mask", "var", "freqs_cos", "freqs_sin")
@@ -69,6 +74,124 @@ def config_from_published(arguments: Mapping[str, Any], **overrides: Any) -> Flo
     return FlowConfig(**{**values, **overrides})
 
 
+TEXT_WIDTHS = {"google/flan-t5-xl": 2048}
+"""Widths of the encoders that published configurations name; a directory's is in its config.json."""
+
+_FLAGS = ("rope", "sos", "cond_top_only", "use_softplus", "use_final_norm", "learnable_self_denoiser") + (
+    "conditional_denoiser",
+    "shallow_block_local",
+)
+_RENAMED_ARGUMENTS = {"channel_size": "in_channels", "blocks": "num_blocks"}
+_AS_THEY_ARE = ("patch_size", "channels", "top_block_channels", "pt_seq_len", "txt_size", "soft_clip") + (
+    "seq_order",
+    "temporal_causal",
+    "denoiser_window",
+    "head_dim",
+)
+_OTHER = ("img_size", "vid_size", "noise_std", "layers_per_block", "vae", "text") + (
+    "fps_cond",
+    "cond_noise_level",
+    "mix_aspect",
+)
+_TRAINING = (
+    *("no_flip", "fsdp", "fsdp_text_encoder", "secondary_img_size", "batch_size", "secondary_batch_size"),
+    *("secondary_ratio", "lr", "min_lr", "wds", "gradient_checkpoint", "gradient_checkpoint_mlp"),
+    *("finetuned_vae", "cfg", "drop_label", "drop_image", "loss_scaling", "grad_clip", "grad_skip"),
+    *("sample_freq", "latent_norm_regularization"),
+)
+"""Arguments of the public configuration that only concern training."""
+_SETTLED = {"nvp": 1, "adaln": 0}
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """What a public configuration says: the flow, the template of its prompts, the codec's Hub repository and the scale
+    of its later latents, frames (height, width) in pixels at 16:9, and frames a second.
+    """
+
+    flow: FlowConfig
+    text: TextConfig
+    vae: str
+    later_scale: float
+    frame_size: tuple[int, int]
+    fps: float
+
+
+def read_published_yaml(path: Path) -> PublishedModel:
+    """The public YAML as it is: ``arguments``, a list of single ``name: value`` entries.
+
+    Raises:
+        CheckpointError: not a file, or not YAML. ConfigError: not such a list, or unknown, missing or unusable arguments.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as YAML ({' '.join(str(error).split()):.120})"
+        ) from error
+    entries = data.get("arguments") if isinstance(data, Mapping) else None
+    if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):
+        raise ConfigError(f"{path}: expected a list of arguments under the key 'arguments'")
+    return published_model({str(k): v for entry in entries for k, v in entry.items()}, str(path))
+
+
+def published_model(given: Mapping[str, Any], where: str) -> PublishedModel:
+    """From the arguments of the public training script; a flag that is absent is off.
+
+    Raises:
+        ConfigError: unknown, missing or unusable arguments; ``where`` names their source.
+    """
+    known = {*_FLAGS, *_RENAMED_ARGUMENTS, *_AS_THEY_ARE, *_OTHER, *_TRAINING, *_SETTLED}
+    if unknown := sorted(set(given) - known):
+        raise ConfigError(f"{where}: unknown arguments {', '.join(unknown)}")
+    for name, value in _SETTLED.items():
+        if given.get(name, value) != value:
+            raise ConfigError(f"{where}: {name} is {given[name]!r}; STARFlow-V needs {value!r}")
+    try:
+        arguments: dict[str, Any] = {name: bool(given.get(name, 0)) for name in _FLAGS}
+        arguments |= {name: given[name] for name in _AS_THEY_ARE if name in given}
+        arguments |= {ours: given[theirs] for theirs, ours in _RENAMED_ARGUMENTS.items() if theirs in given}
+        arguments["layers_per_block"] = [int(n) for n in str(given["layers_per_block"]).split()]
+        arguments["txt_dim"] = _text_width(str(given["text"]))
+        frames, fps = (int(n) for n in str(given["vid_size"]).split(":"))
+        vae, _, scale = str(given["vae"]).partition(":")
+        area, stride = int(given["img_size"]) ** 2, 16
+        flow = config_from_published(
+            arguments, noise_std=float(given["noise_std"]), **_window(1 + (frames - 1) // 4)
+        )
+        height, width = (round((area * r) ** 0.5 / stride) * stride for r in (9 / 16, 16 / 9))
+        later = float(scale) if scale else 1.0
+    except KeyError as error:
+        raise ConfigError(f"{where}: missing argument {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: an argument has a value that cannot be used ({error})") from error
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    flags = {ours: bool(given.get(theirs, 0)) for ours, theirs in _TEMPLATE.items()}
+    return PublishedModel(
+        flow, TextConfig(str(given["text"]), **flags), vae, later, (height, width), float(fps)
+    )
+
+
+_TEMPLATE = {"fps": "fps_cond", "noise_level": "cond_noise_level", "aspect": "mix_aspect"}
+
+
+def _window(latent_frames: int) -> dict[str, int]:
+    """The window a model was trained with, and the 16 frames of it that long videos keep (fewer in a shorter one)."""
+    return {"window": latent_frames, "context": max(1, min(16, latent_frames - 1))}
+
+
+def _text_width(encoder: str) -> int:
+    if encoder in TEXT_WIDTHS:
+        return TEXT_WIDTHS[encoder]
+    config = Path(encoder) / "config.json"
+    if not config.is_file():
+        raise ConfigError(
+            f"text encoder {encoder!r} is not known ({', '.join(TEXT_WIDTHS)}) and no directory of one"
+        )
+    return int(read_json(config)["d_model"])
+
+
 _OWNERS = (("deep.", "blocks.{deep}."), ("shallow.", "blocks."), ("denoiser.", "learnable_self_denoiser."))
 _RENAMED = (
     ("transformer.", ""),
@@ -91,10 +214,10 @@ def published_key(name: str, deep: int) -> str:
     return re.sub(r"\.sos$", ".sos_embed", name)
 
 
-def load_published(flow: Flow, state: Mapping[str, Tensor]) -> None:
-    """Load a state dict under the published names into ``flow``, strictly.
+def map_published(flow: Flow, state: Mapping[str, Tensor], where: str = "checkpoint") -> dict[str, Tensor]:
+    """A state dict under the published names as one under ours, strictly; ``flow`` may be on the meta device.
 
-    Action weights, which published checkpoints lack, keep their (zero) initial values.
+    Action weights, which published checkpoints lack, are not in it.
 
     Raises:
         CheckpointError: listing every missing, unexpected and wrongly shaped key.
@@ -104,8 +227,10 @@ def load_published(flow: Flow, state: Mapping[str, Tensor]) -> None:
     names = {published_key(name, deep): name for name in ours}
     given = {k: v for k, v in state.items() if k.rsplit(".", 1)[-1] not in DEAD_BUFFERS}
     mapped, shapes = {}, []
-    for key in names.keys() & given.keys():
-        name, value = names[key], given[key]
+    for key, name in names.items():
+        if key not in given:
+            continue
+        value = given[key]
         value = value.reshape(-1) if name.endswith(".sos") else value
         if value.shape != ours[name].shape:
             shapes.append(f"{key} {tuple(value.shape)} (expected {tuple(ours[name].shape)})")
@@ -120,5 +245,14 @@ def load_published(flow: Flow, state: Mapping[str, Tensor]) -> None:
         if keys
     ]
     if problems:
-        raise CheckpointError("checkpoint does not fit the configuration; " + "; ".join(problems))
-    flow.load_state_dict({**flow.state_dict(), **mapped})
+        raise CheckpointError(f"{where} does not fit the configuration; " + "; ".join(problems))
+    return mapped
+
+
+def load_published(flow: Flow, state: Mapping[str, Tensor]) -> None:
+    """Load a state dict under the published names into ``flow``; action weights keep their (zero) initial values.
+
+    Raises:
+        CheckpointError: as `map_published`.
+    """
+    flow.load_state_dict({**flow.state_dict(), **map_published(flow, state)})

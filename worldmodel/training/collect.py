@@ -86,10 +86,10 @@ def pendulum() -> CollectConfig:
 
 
 def lunarlander() -> CollectConfig:
-    """The recipe of the shipped world: 900 episodes of LunarLander-v3."""
+    """The recipe of the shipped world: 480 episodes of LunarLander-v3."""
     return CollectConfig(
         env="LunarLander-v3",
-        episodes=900,
+        episodes=480,
         chunks=80,
         policies=(PolicyShare("random_held", 1.0), PolicyShare("lunar_lander", 3.0)),
     )

@@ -25,8 +25,10 @@ HELD_OUT_SEED = 1_000_003
 """Seed of fresh evaluation episodes; training collections use small ones."""
 
 
-def held_out_clips(dataset: EpisodeDataset, world: WorldModel, length: int, limit: int) -> Clips:
-    """One clip of ``length`` chunks from a random place of each held-out episode that is long enough.
+def held_out_clips(
+    dataset: EpisodeDataset, world: WorldModel, length: int, limit: int, from_start: bool = False
+) -> Clips:
+    """One clip of ``length`` chunks from each held-out episode that is long enough: from a random place, or its start.
 
     Held out are the last tenth of the episodes that the world was trained on, whatever follows them in a longer
     collection of the same seed, and all episodes of a collection of another seed or environment.
@@ -44,7 +46,8 @@ def held_out_clips(dataset: EpisodeDataset, world: WorldModel, length: int, limi
     for row, index in enumerate(tqdm(indices, desc="read held-out episodes", unit="episode", leave=False)):
         chunks = int(split.lengths[row])
         if chunks >= length and len(windows) < limit:
-            windows.append(split.window(index, int(rng.integers(chunks - length + 1)), length))
+            place = 0 if from_start else int(rng.integers(chunks - length + 1))
+            windows.append(split.window(index, place, length))
     if not windows:
         raise DataError(f"{dataset.folder}: no held-out episode has {length} chunks; collect longer episodes")
     arrays = ("frames", "actions", "rewards", "terminated", "observations")
@@ -83,7 +86,9 @@ def evaluate(
             f"{world.spec.frame_size} in chunks of {world.chunk_frames}"
         )
     report = Report()
-    clips = held_out_clips(dataset, world, config.context + config.horizon, config.clips)
+    length = config.context + config.horizon
+    clips = held_out_clips(dataset, world, length, config.clips)
+    beginnings = held_out_clips(dataset, world, length, config.clips, from_start=True)
     report.numbers = {
         "world": world.spec.name,
         "fingerprint": world.fingerprint,
@@ -93,7 +98,8 @@ def evaluate(
         "sampling": config_to_dict(world.spec.sampling),
     }
     report.numbers["likelihood"] = likelihoods(world, clips, config)
-    pictures(world, clips, config, report)
+    report.numbers["pictures"] = pictures(world, clips, config, report)
+    report.numbers["pictures_from_episode_start"] = pictures(world, beginnings, config, report)
     endurance(world, clips, config, report)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,6 +129,7 @@ def held_out_dataset(world: WorldModel, episodes: int) -> EpisodeDataset:
 def summary(numbers: dict[str, Any]) -> str:
     """The figures of an evaluation as a short text."""
     likelihood, ways = numbers["likelihood"], numbers["pictures"]
+    begun = numbers["pictures_from_episode_start"]
 
     def shown(value: dict[str, float]) -> str:
         return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
@@ -141,18 +148,20 @@ def summary(numbers: dict[str, Any]) -> str:
         f"reward R2: teacher-forced {likelihood['reward']['r2']:.4f}, open loop {ways['open_loop']['reward']['r2']:.4f}"
     )
     lines.append(f"codec: {ways['codec_only']['psnr_of_mean_error']:.2f} dB")
-    for metric in ("angle_error_degrees", "psnr", "ssim"):
-        for name in ("open_loop", "teacher_forced", "repeat_last_chunk", "perturbed_simulator"):
-            values = ways.get(name, {}).get(metric)
-            if values:
-                chosen = [h for h in (1, 2, 5, 8, 12, 16) if h <= len(values)]
-                lines.append(
-                    f"{metric:20s} {name:19s} " + "  ".join(f"@{h} {shown(values[h - 1])}" for h in chosen)
-                )
-    for policy, values in ways["open_loop"].get("angle_error_degrees_by_policy", {}).items():
-        chosen = [h for h in (1, 2, 5, 8, 12, 16) if h <= len(values)]
-        shown_values = "  ".join(f"@{h} {shown(values[h - 1])}" for h in chosen)
-        lines.append(f"{'  open loop, policy':20s} {policy:19s} {shown_values} (n {values[0]['n']})")
+
+    def by_horizon(title: str, values: list[dict[str, float]] | None) -> None:
+        if values:
+            chosen = [h for h in (1, 2, 5, 8, 12, 16) if h <= len(values)]
+            at = "  ".join(f"@{h} {shown(values[h - 1])}" for h in chosen)
+            lines.append(f"{title:40s} {at} (n {values[0]['n']})")
+
+    for place, results in (("from the first chunks of an episode", begun), ("from a random place", ways)):
+        lines.append(f"{place}, {numbers['context_chunks']} real chunks, then:")
+        for metric in ("angle_error_degrees", "psnr", "ssim"):
+            for name in ("open_loop", "teacher_forced", "repeat_last_chunk", "perturbed_simulator"):
+                by_horizon(f"  {metric} {name}", results.get(name, {}).get(metric))
+        for policy, values in results["open_loop"].get("angle_error_degrees_by_policy", {}).items():
+            by_horizon(f"  angle error, open loop, {policy}", values)
     if "endurance" in numbers:
         e = numbers["endurance"]
         lines.append(

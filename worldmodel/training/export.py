@@ -46,25 +46,13 @@ def train_world(recipe: Recipe, data: Path, run: Path, out: Path, until: str = "
     episodes = load_latents(cache)
     train = [episodes[i] for i in split_indices(len(episodes), "train")]
     latents = Latents.of(train, dataset.action_space)
-    parts, steps = _train_flow(recipe, latents, run)
+    flow, actions, flow_run = train_flow(recipe.flow, latents, run / "flow")
     if until == "flow":
         return None
     heads, _ = train_heads(recipe.heads, latents, run / "heads")
-    export_world(recipe, dataset, len(train), run, out, parts, heads, steps)
+    parts = nn.ModuleDict({"flow": flow} if actions is None else {"flow": flow, "actions": actions})
+    export_world(recipe, dataset, len(train), run, out, parts, heads, flow_run.step)
     return WorldModel.load(out)
-
-
-def _train_flow(recipe: Recipe, latents: Latents, run: Path) -> tuple[nn.ModuleDict, int]:
-    """Flow and action encoder with their averaged weights, and the steps taken: the recipe's one or two runs."""
-    parts, steps = None, 0
-    for name, training in (("flow", recipe.flow), ("refine", recipe.refine)):
-        if training is not None:
-            start = None if parts is None else parts.state_dict()
-            flow, actions, made = train_flow(training, latents, run / name, start)
-            parts = nn.ModuleDict({"flow": flow} if actions is None else {"flow": flow, "actions": actions})
-            steps += made.step
-    assert parts is not None
-    return parts, steps
 
 
 def export_world(

@@ -188,20 +188,14 @@ class FlowStage:
         }
 
 
-def train_flow(
-    config: FlowTraining, data: Latents, folder: Path, start: Mapping[str, Tensor] | None = None
-) -> tuple[Flow, ActionEncoder | None, Run]:
+def train_flow(config: FlowTraining, data: Latents, folder: Path) -> tuple[Flow, ActionEncoder | None, Run]:
     """Train, or continue what is in ``folder``; returns modules that hold the averaged weights.
-
-    ``start``: weights (a state dict of {"flow", "actions"}) that a fresh run begins with, instead of random ones.
 
     Raises:
         DataError: episodes too short. Others as `worldmodel.training.loop.Run`.
     """
     torch.set_num_threads(config.threads)
     stage = FlowStage(config, data)
-    if start is not None:
-        stage.parts.load_state_dict(start)
     run = Run(stage, config.loop, folder)
     run.fit("flow")
     return stage.flow, stage.actions, run

@@ -207,8 +207,8 @@ def codec_only(world: WorldModel, frames: np.ndarray) -> np.ndarray:
     return np.stack(back)
 
 
-def pictures(world: WorldModel, clips: Clips, config: EvaluateConfig, report: Report) -> None:
-    """PSNR, SSIM and the probe's error by horizon, for four ways to predict."""
+def pictures(world: WorldModel, clips: Clips, config: EvaluateConfig, report: Report) -> dict[str, Any]:
+    """PSNR, SSIM and the probe's error by horizon, for four ways to predict; pictures to look at go into the report."""
     c, horizon = config.context, config.horizon
     real = clips.frames[:, c : c + horizon]
     imagined, rewards = open_loop(world, clips, config, horizon)
@@ -247,8 +247,8 @@ def pictures(world: WorldModel, clips: Clips, config: EvaluateConfig, report: Re
     total = np.square(ways["codec_only"].astype(np.float32) - real).mean()
     numbers["codec_only"]["psnr_of_mean_error"] = float(10 * np.log10(255.0**2 / total))
     numbers["open_loop"]["reward"] = r_squared(rewards, clips.rewards[:, c : c + horizon], config)
-    report.numbers["pictures"] = numbers
     report.pictures.update({"real": real[:4], **{k: v[:4] for k, v in ways.items()}})
+    return numbers
 
 
 def endurance(world: WorldModel, clips: Clips, config: EvaluateConfig, report: Report) -> None:
