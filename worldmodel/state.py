@@ -259,9 +259,23 @@ class WorldState:
                 tensors.get("uncond_text"),
             )
             codec = {k.removeprefix("codec."): v for k, v in tensors.items() if k.startswith("codec.")}
-            counters = [tensors[k].cpu() for k in ("seeds", "branches", "forks", "steps", "log_prob")]
+            seeds, branches, forks, steps = (
+                tensors[k].cpu() for k in ("seeds", "branches", "forks", "steps")
+            )
+            log_prob = tensors["log_prob"].cpu()
             prompts = tuple(str(p) for p in header["prompts"]) if "prompts" in header else None
-            state = cls(context, tensors["noisy"], tensors["latent"], codec, *counters, prompts=prompts)
+            state = cls(
+                context,
+                tensors["noisy"],
+                tensors["latent"],
+                codec,
+                seeds,
+                branches,
+                forks,
+                steps,
+                log_prob,
+                prompts,
+            )
             state._check()
             return state
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, AssertionError) as error:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ class T5:
 
 
 @lru_cache(maxsize=1)
-def _read_t5(name: str, device: torch.device) -> tuple:
+def _read_t5(name: str, device: torch.device) -> tuple[Any, Any]:
     try:
         from transformers import AutoTokenizer, T5EncoderModel
     except ImportError as error:
@@ -115,15 +115,14 @@ def _read_t5(name: str, device: torch.device) -> tuple:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = T5EncoderModel.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        model: Any = T5EncoderModel.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"text encoder {name!r} cannot be read ({' '.join(str(error).split()):.160}); it is fetched once from the "
             "Hugging Face Hub (google/flan-t5-xl: 11.4 GB), or name its directory as text.encoder in world.json, "
             "or bring a folder of encoded prompts (--prompt-cache)"
         ) from error
-    model.to(device=device)
-    return tokenizer, model.eval().requires_grad_(False)
+    return tokenizer, model.to(device).eval().requires_grad_(False)
 
 
 class Prompts:
