@@ -13,9 +13,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from envs.recorder import write_video
 from tests.toy import TEXT, toy_world, write_wan_toy
+from worldmodel.cli import app
 from worldmodel.errors import DataError, InputError
 from worldmodel.media import fitted, read_clip, read_picture, write_picture
 from worldmodel.sampling import Sampling
@@ -174,32 +176,30 @@ def test_pictures_and_clips_are_read_at_the_worlds_size_and_speed(tmp_path: Path
         write_picture(tmp_path / "picture.nothing", picture)
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "worldmodel", *map(str, arguments)]
-
-
 def test_the_commands_write_playable_files(path: Path, tmp_path: Path) -> None:
     write_picture(tmp_path / "picture.png", clip(1)[0])
     out, cache = tmp_path / "video.mp4", tmp_path / "prompts"
     more = ("--image", tmp_path / "picture.png", "--chunks", 3, "--guidance", 2, "--aspect", "16:9")
     arguments = ("generate", path, "--prompt", "a corgi", *more, "--prompt-cache", cache, "--out", out)
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "13 frames of 32 x 48" in done.stdout and "image-to-video" in done.stderr
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert done.exit_code == 0, done.output
+    assert "13 frames of 32 x 48" in done.output
     reader = cv2.VideoCapture(str(out))
     assert reader.get(cv2.CAP_PROP_FRAME_COUNT) == 13 and reader.get(cv2.CAP_PROP_FPS) == 16
     record = json.loads(out.with_name("video.mp4.json").read_text())
     assert len(record["chunks"]) == 4 and record["complete"]
     assert len(list(cache.glob("*.safetensors"))) == 2
     told = ("rollout", path, "--prompt", "a corgi", "--chunks", 2, "--out", tmp_path / "rollout.gif")
-    done = subprocess.run(command(*told), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "5 frames" in done.stdout, done.stderr
+    done = CliRunner().invoke(app, [str(a) for a in told])
+    assert done.exit_code == 0 and "5 frames" in done.output, done.output
 
 
+@pytest.mark.slow
 def test_ctrl_c_writes_what_is_there(path: Path, tmp_path: Path) -> None:
     out = tmp_path / "video.mp4"
+    asked = ("generate", str(path), "--prompt", "a cat", "--chunks", "100000", "--out", str(out))
     process = subprocess.Popen(
-        command("generate", path, "--prompt", "a cat", "--chunks", 100000, "--out", out),
+        [sys.executable, "-m", "worldmodel", *asked],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
