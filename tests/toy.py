@@ -113,7 +113,7 @@ def write_toy(
     randomise(codec, seed, 1.0)
     cells = frame[0] // codec.spatial_stride, frame[1] // codec.spatial_stride
     packed = packed_size(space)
-    actions = ActionEncoder(ActionEncoderConfig(packed, flow.config.action_features)) if packed else None
+    actions = ActionEncoder(ActionEncoderConfig(packed, flow.config.action_features or 8)) if packed else None
     heads = Heads(HeadsConfig(flow.config.in_channels * cells[0] * cells[1], packed, 16))
     spec = WorldSpec(
         name="toy",
@@ -147,16 +147,16 @@ def write_text(
     path: Path, space: spaces.Space, seed: int, overrides: dict[str, object]
 ) -> tuple[TextConfig | None, dict[str, object]]:
     """What a world with this action space needs for prompts, and the flow's sizes with it."""
-    if prompt_key(space) is None:
+    if prompt_key(space) is None and not overrides.get("text_tokens"):
         return None, overrides
-    write_t5(path / "text", seed)
     sizes: dict[str, object] = {"text_tokens": TEXT_TOKENS, "text_dim": TEXT_DIM}
+    write_t5(path / "text", seed, int(str(overrides.get("text_dim", TEXT_DIM))))
     if not packed_size(space):
         sizes["action_features"] = 0
     return TextConfig("text"), {**sizes, **overrides}
 
 
-def write_t5(path: Path, seed: int = 0) -> Path:
+def write_t5(path: Path, seed: int = 0, dim: int = TEXT_DIM) -> Path:
     """A random T5 encoder and a tokenizer of a few words, as transformers writes them."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
@@ -177,7 +177,7 @@ def write_t5(path: Path, seed: int = 0) -> Path:
     )
     fast.save_pretrained(path)
     torch.manual_seed(seed)
-    sizes = {"d_model": TEXT_DIM, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    sizes = {"d_model": dim, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     model = T5EncoderModel(T5Config(vocab_size=len(vocabulary), **sizes))
     randomise(model, seed)
     model.save_pretrained(path, safe_serialization=True)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from worldmodel.world import WorldModel
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -154,6 +158,7 @@ def train(
     """Train codec, flow, denoiser and heads on collected episodes and write a world.
 
     Kill it at any moment and run the same command again: it continues. TensorBoard logs lie in RUN/*/tensorboard.
+    Several processes or GPUs: torchrun --nproc-per-node N -m -- worldmodel train RECIPE (FSDP2).
     """
     from worldmodel.files import config_to_dict
     from worldmodel.training.recipes import load_recipe
@@ -163,15 +168,71 @@ def train(
         print(json.dumps(config_to_dict(chosen), indent=2))
         return
     from worldmodel.training.export import train_world
+    from worldmodel.training.parallel import Ranks
 
     run = run or Path("runs") / chosen.name
     out = out or run / "world"
-    world = train_world(chosen, data or Path("data") / chosen.name, run, out, until)
-    print(
-        f"world written to {out}; look at it with: worldmodel info {out}"
-        if world
-        else f"{until} done, in {run}"
+    with Ranks.joined() as ranks:
+        world = train_world(chosen, data or Path("data") / chosen.name, run, out, until, ranks)
+    if ranks.first:
+        done = f"world written to {out}; look at it with: worldmodel info {out}"
+        print(done if world else f"{until} done, in {run}")
+
+
+@app.command()
+def finetune(
+    world: World,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="minari:NAME, or a folder: of LeRobot, of videos beside captions (clip.txt) or actions "
+            "(clip.npy, clip.csv, clip.json), or of collected episodes."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The world directory to write.")],
+    lora: Annotated[int, typer.Option(help="Rank of the low-rank adapters.")] = 16,
+    full: Annotated[bool, typer.Option("--full", help="Train every weight instead of adapters.")] = False,
+    run: Annotated[
+        Path | None, typer.Option(help="Converted data, checkpoints and logs; default runs/OUT.")
+    ] = None,
+    camera: Annotated[str | None, typer.Option(help="Which pictures, where the data has several.")] = None,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 2_000,
+    minutes: Annotated[float | None, typer.Option(help="End after so many minutes, if sooner.")] = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
+    batch: Annotated[int, typer.Option(help="Windows a step, over all processes.")] = 16,
+    length: Annotated[int, typer.Option(help="Latent frames a window, at most the world's.")] = 16,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Activation checkpointing: less memory, more time.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+) -> None:
+    """Fine-tune a world on your data; one without actions learns them (unchanged until it is trained).
+
+    Kill it at any moment and run the same command again: it continues. TensorBoard logs lie in RUN/flow/tensorboard.
+    Several processes or GPUs: torchrun --nproc-per-node N -m -- worldmodel finetune ... (FSDP2).
+    Adapters are merged into the weights that are written; apart, they stay in RUN/flow.
+    """
+    from worldmodel.training.finetune import Finetune
+    from worldmodel.training.finetune import finetune as train_further
+    from worldmodel.training.loop import LoopConfig
+    from worldmodel.training.parallel import Ranks
+
+    loop = LoopConfig(steps=steps, minutes=minutes, lr=lr, warmup=min(50, steps), seed=seed)
+    config = Finetune(
+        loop,
+        lora=0 if full else lora,
+        batch=batch,
+        length=length,
+        recompute=recompute,
+        compiled=steps >= 500,  # compiling takes as long as hundreds of steps
     )
+    folder = run or Path("runs") / out.name
+    with Ranks.joined() as ranks:
+        tuned = train_further(world, data, folder, out, config, camera, ranks=ranks)
+    if tuned is not None:
+        print(f"world written to {out}; look at it with: worldmodel info {out}")
+        for name, values in tuned.spec.quality.items():
+            print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
 
 
 @app.command()
@@ -228,7 +289,10 @@ def rollout(
         str | None, typer.Option(help="What to imagine, in a world that takes prompts.")
     ] = None,
 ) -> None:
-    """Imagine a future under random actions or a prompt, write it as a video, and print its likelihood."""
+    """Imagine a future under random actions or a prompt, write it as a video, and print its likelihood.
+
+    Several processes or GPUs: torchrun --nproc-per-node N -m -- worldmodel rollout ... (guidance and heads are spread).
+    """
     import numpy as np
     from tqdm import tqdm
 
@@ -242,27 +306,38 @@ def rollout(
     given: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "context": context}
     sampling = replace(model.spec.sampling, **{k: v for k, v in given.items() if v is not None})
     model = model.with_sampling(sampling)
-    if model.prompts is not None:
-        state = model.initial_state([seed], [prompt or ""])
-    elif prompt is not None:
+    if prompt is not None and model.prompts is None:
         raise InputError(f"{world} takes no prompts; leave --prompt out")
-    else:
-        state, begun = model.reset([seed])
-        frames = [np.asarray(c.frames[0]) for c in begun]
     space = model.spec.action_space
     space.seed(seed)
     key = prompt_key(space)
     nats, action = [], None
-    for t in tqdm(range(chunks), desc="imagine", unit="chunk"):
-        if t % hold == 0 and key != "":
-            action = _batch_of_one({**space.sample(), key: prompt or ""} if key else space.sample())
-        state, chunk = model.step(state, action)
-        frames.append(np.asarray(chunk.frames[0]))
-        nats.append(float(chunk.log_prob[0]))
-    video = np.concatenate(frames)
-    scale = scale or (4 if model.spec.frame_size[0] <= 128 else 1)
-    write_video(out, np.repeat(np.repeat(video, scale, axis=1), scale, axis=2), model.spec.fps)
-    print(f"{out}: {len(video)} frames, mean {np.mean(nats):.1f} nats a chunk (of the noised latent)")
+    with _processes(model, sampling.guidance != 0) as first:
+        if model.prompts is not None:
+            state = model.initial_state([seed], [prompt or ""])
+        else:
+            state, begun = model.reset([seed])
+            frames = [np.asarray(c.frames[0]) for c in begun]
+        for t in tqdm(range(chunks), desc="imagine", unit="chunk", disable=not first):
+            if t % hold == 0 and key != "":
+                action = _batch_of_one({**space.sample(), key: prompt or ""} if key else space.sample())
+            state, chunk = model.step(state, action)
+            frames.append(np.asarray(chunk.frames[0]))
+            nats.append(float(chunk.log_prob[0]))
+    if first:
+        video = np.concatenate(frames)
+        scale = scale or (4 if model.spec.frame_size[0] <= 128 else 1)
+        write_video(out, np.repeat(np.repeat(video, scale, axis=1), scale, axis=2), model.spec.fps)
+        print(f"{out}: {len(video)} frames, mean {np.mean(nats):.1f} nats a chunk (of the noised latent)")
+
+
+def _processes(model: WorldModel, guided: bool) -> AbstractContextManager[bool]:
+    """The world spread over torchrun's processes, if any; says whether this one shows and writes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return nullcontext(True)
+    from worldmodel.parallel import spread_by_torchrun
+
+    return spread_by_torchrun(model, guided)
 
 
 @app.command()

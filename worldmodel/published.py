@@ -32,7 +32,6 @@ from worldmodel.files import (
     read_pth,
     read_tensors,
     save_shards,
-    save_tensors,
     write_atomic,
     write_json,
 )
@@ -135,7 +134,6 @@ def planned_spec(name: str | Path) -> WorldSpec:
 def _from_hub(name: str, world: Path) -> Path:
     release = RELEASES[name]
     model = published_model(release.arguments, name)
-    show_licence()
     weights = download(name, release.repo, release.file, _sizes(flow_bytes(model)))
     vae = [download(name, model.vae, f"vae/{file}", "2.8 GB") for file in VAE_FILES]
     return convert(weights, model, vae[0].parent, world, name)
@@ -157,7 +155,6 @@ def _from_folder(folder: Path) -> Path:
     world = cache_folder() / f"{weights.stem}-{status.st_size:x}-{status.st_mtime_ns:x}"
     if (world / "world.json").is_file():
         return world
-    show_licence()
     vae = folder / "vae"
     if not vae.is_dir():
         vae = [download(folder.name, model.vae, f"vae/{file}", "2.8 GB", folder) for file in VAE_FILES][
@@ -191,7 +188,8 @@ def download(name: str, repo: str, file: str, size: str, folder: Path | None = N
     Raises:
         CheckpointError: not there and not to be had; says what, how large, from where, and where to put it.
     """
-    place = f"put it at {folder or 'FOLDER'}/{file} and load {folder or 'FOLDER'}"
+    there = folder or "FOLDER"
+    place = f"put it at {there}/{file} (vae/ of the codec beside it) and load {there}"
     wanted = f"{name} needs {file} ({size}) of https://huggingface.co/{repo}"
     try:
         from huggingface_hub import hf_hub_download
@@ -203,7 +201,7 @@ def download(name: str, repo: str, file: str, size: str, folder: Path | None = N
     try:
         return Path(hf_hub_download(repo, file))
     except (OSError, EntryNotFoundError, ValueError) as error:
-        reason = "offline mode is on" if _offline() else f"{' '.join(str(error).split()):.120}"
+        reason = "HF_HUB_OFFLINE is set" if _offline() else f"{' '.join(str(error).split()):.120}"
         raise CheckpointError(
             f"{wanted}, which is not in the Hub's cache and cannot be fetched ({reason}): {place}"
         ) from error
@@ -261,12 +259,13 @@ def convert(weights: Path, model: PublishedModel, vae: Path, world: Path, name: 
             f"converting {name} needs {needed / 1e9:.1f} GB in {world.parent}, {free / 1e9:.1f} GB are free; "
             "make room, or set WORLDMODEL_CACHE to another disk"
         )
+    show_licence()
     draft = world.with_name(f".{world.name}.{secrets.token_hex(4)}.tmp")
     try:
         draft.mkdir()
         save_shards(draft / "flow.safetensors", _halves(flow, name))
         expected = modules["codec"].state_dict()
-        save_tensors(draft / "codec.safetensors", {k: v.to(expected[k].dtype) for k, v in coded.items()})
+        save_shards(draft / "codec.safetensors", ((k, v.to(expected[k].dtype)) for k, v in coded.items()))
         write_atomic(draft / "README.md", lambda file: file.write_text(f"# {name}\n\n{LICENCE}\n"))
         write_json(draft / "world.json", config_to_dict(spec))
         if not (world / "world.json").is_file():  # another process may have been faster

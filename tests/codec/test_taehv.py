@@ -16,6 +16,7 @@ from worldmodel.codec.wan import WanCodec
 from worldmodel.errors import CheckpointError, InputError
 from worldmodel.world import WorldModel
 
+pytest.importorskip("diffusers")
 SMALL = (8, 6, 4, 4)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from worldmodel.codec.conv import ConvCodecConfig
+from worldmodel.codec.conv import ConvCodec, ConvCodecConfig
 from worldmodel.condition.spaces import space_to_json
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.files import load_tensors, write_json
@@ -51,14 +51,23 @@ def square(index: int, chunks: int = 6) -> Episode:
     return Episode(frames, actions, actions[:, 0], zeros, zeros, angle[:, None].astype(np.float32), {})
 
 
+def write_dataset(folder: Path, episodes: int, chunks: int = 6) -> EpisodeDataset:
+    for index in range(episodes):
+        save_episode(episode_path(folder, index), square(index, chunks))
+    info = {
+        "format_version": 1,
+        "episodes": episodes,
+        "frame_skip": 4,
+        "frame_size": [16, 16],
+        "complete": True,
+    }
+    write_json(folder / "dataset.json", info | {"action_space": space_to_json(spaces.Box(-9, 9, (1,)))})
+    return EpisodeDataset.open(folder)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("squares")
-    for index in range(30):
-        save_episode(episode_path(folder, index), square(index))
-    info = {"format_version": 1, "episodes": 30, "frame_skip": 4, "frame_size": [16, 16], "complete": True}
-    write_json(folder / "dataset.json", info | {"action_space": space_to_json(spaces.Box(-9, 9, (1,)))})
-    return folder
+    return write_dataset(tmp_path_factory.mktemp("squares"), 30).folder
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +144,28 @@ def test_what_does_not_fit_is_refused(data: Path, tmp_path: Path) -> None:
         train_codec(pendulum_codec(), data, tmp_path)
     with pytest.raises(ConfigError, match="batch must be even"):
         replace(TINY, batch=3)
+
+
+def test_an_interrupted_encoding_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = write_dataset(tmp_path / "data", 4, 40)  # longer than what is encoded at once
+    codec, encode, calls = ConvCodec(TINY.model).eval(), ConvCodec.encode, []
+
+    def stopping(self: ConvCodec, frames: torch.Tensor, state: dict) -> tuple:
+        calls.append(frames.shape[1])
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return encode(self, frames, state)
+
+    encode_dataset(codec, dataset, tmp_path / "whole.safetensors")
+    monkeypatch.setattr("worldmodel.training.codec.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(ConvCodec, "encode", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        encode_dataset(codec, dataset, tmp_path / "again.safetensors")
+    encode_dataset(codec, dataset, tmp_path / "again.safetensors")
+    assert calls == [64, 64, 32] * 2 + [64] + [64, 64, 32] * 2
+    whole, again = (load_tensors(tmp_path / f"{n}.safetensors") for n in ("whole", "again"))
+    assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
+    assert not (tmp_path / "again.parts").exists()
+    episode = dataset.episode(3).frames[None, 1:]
+    together, _ = encode(codec, torch.from_numpy(episode), {})
+    torch.testing.assert_close(whole["000003/latents"], together[0])

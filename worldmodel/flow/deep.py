@@ -7,8 +7,9 @@ the past in the K/V cache (`solve`), and one causal pass over accepted tokens th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from worldmodel.errors import InputError
 from worldmodel.flow.affine import Affine, affine_from_head, guide
-from worldmodel.flow.block import Block
+from worldmodel.flow.block import Block, Layer
 from worldmodel.flow.cache import Cohort, KVCache, KVShape
 from worldmodel.flow.jacobi import Solution, jacobi, sequential
 from worldmodel.flow.rope import Rotary, concat_rotary, frame_rotary, text_rotary
@@ -135,8 +136,23 @@ class Committed:
     guided: Affine | None
 
 
+Parameters = Callable[[], Affine]
+Pair = Callable[[Parameters, Parameters], tuple[Affine, Affine]]
+
+
+def in_turn(model: Parameters, uncond: Parameters) -> tuple[Affine, Affine]:
+    """Both maps, one after the other."""
+    last = uncond()
+    return model(), last
+
+
 class DeepBlock(Block):
-    """See the module's text. Tokens are in the block's own order inside these methods unless said otherwise."""
+    """See the module's text. Tokens are in the block's own order inside these methods unless said otherwise.
+
+    ``pair`` evaluates the two maps that guidance needs; `worldmodel.parallel` gives each to a process of its own.
+    """
+
+    pair: Pair = staticmethod(in_turn)
 
     # ---- a whole clip in one pass -------------------------------------------------------------------------------
     def clip_parameters(
@@ -189,7 +205,9 @@ class DeepBlock(Block):
     def kv_shape(self) -> KVShape:
         """The shape of this block's K/V pages."""
         t = self.transformer
-        heads = t.proj_in.out_features // t.head_dim
+        heads = cast(
+            Layer, t.layers[0]
+        ).attention.heads  # this process's own, where heads are spread over several
         return KVShape(len(t.layers), heads, t.head_dim, self.sos.dtype, self.sos.device)
 
     def _begin(self, rows: int, text: Tensor | None, first: int, room: int) -> KVCache:
@@ -278,8 +296,11 @@ class DeepBlock(Block):
         def parameters(v: Tensor) -> Affine:
             if guidance == 0:
                 return self._run(v, context, context.cache, features)
-            uncond = self._unconditional(v, context)
-            return guide(self._run(v, context, context.cache, features), uncond, guidance)
+            model, uncond = self.pair(
+                lambda: self._run(v, context, context.cache, features),
+                lambda: self._unconditional(v, context),
+            )
+            return guide(model, uncond, guidance)
 
         w = self.to_own(w)
         if exact:

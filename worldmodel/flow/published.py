@@ -144,6 +144,11 @@ def published_model(given: Mapping[str, Any], where: str) -> PublishedModel:
     known = {*_FLAGS, *_RENAMED_ARGUMENTS, *_AS_THEY_ARE, *_OTHER, *_TRAINING, *_SETTLED}
     if unknown := sorted(set(given) - known):
         raise ConfigError(f"{where}: unknown arguments {', '.join(unknown)}")
+    if "vid_size" not in given:
+        raise ConfigError(
+            f"{where}: no vid_size, so this configures a model of pictures (STARFlow 3B), whose codec and score-based "
+            "denoising are not supported; use a STARFlow-V configuration"
+        )
     for name, value in _SETTLED.items():
         if given.get(name, value) != value:
             raise ConfigError(f"{where}: {name} is {given[name]!r}; STARFlow-V needs {value!r}")

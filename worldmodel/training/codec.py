@@ -7,6 +7,8 @@ height, width pixels.
 from __future__ import annotations
 
 import math
+import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from worldmodel.codec.base import Codec
 from worldmodel.codec.conv import (
     PIXEL_SCALE,
     ConvCodec,
@@ -36,10 +39,12 @@ from worldmodel.files import (
     save_tensors,
     write_json,
 )
-from worldmodel.training.episodes import EpisodeDataset, EpisodeSplit
+from worldmodel.training.episodes import Episode, EpisodeDataset, EpisodeSplit
 from worldmodel.training.loop import LoopConfig, Run
 
 MOVED = 12.0  # grey levels by which a pixel must change to count as moving
+SAVE_SECONDS = 60.0
+PIECE = 16  # chunks encoded at once
 NOISES = (0.0, 0.05, 0.1)  # standard deviations at which decoding is measured
 
 
@@ -287,26 +292,63 @@ class LatentEpisode(NamedTuple):
 
 
 @torch.no_grad()
-def encode_dataset(codec: ConvCodec, dataset: EpisodeDataset, path: Path) -> None:
-    """Encode every episode once, to one safetensors file that `load_latents` reads.
+def encode_dataset(
+    codec: Codec, dataset: EpisodeDataset, path: Path, device: torch.device | str = "cpu"
+) -> None:
+    """Encode every episode once, to one safetensors file that `load_latents` reads. Actions that are text are left out.
+
+    A codec whose first latent frame is one picture (Wan) begins with frame 0: a latent more than there are chunks.
+    Every minute what is done is written beside ``path``, so an interrupted run continues.
 
     Raises:
-        DataError: an episode cannot be read, or its actions are text.
+        DataError: an episode cannot be read.
         CheckpointError: the file cannot be written.
     """
+    waiting = path.with_suffix(".parts")
     tensors: dict[str, Tensor] = {}
+    fresh: dict[str, Tensor] = {}
+    for file in sorted(waiting.glob("*.safetensors")):
+        tensors |= load_tensors(file)
+    done, saved = {int(name.partition("/")[0]) for name in tensors}, time.monotonic()
     for index in tqdm(range(dataset.episodes), desc="encode", unit="episode"):
-        episode = dataset.episode(index)
-        latents, _ = codec.encode(torch.from_numpy(episode.frames[None, 1:]), {})
-        tensors[f"{index:06d}/latents"] = latents[0]
-        tensors[f"{index:06d}/rewards"] = torch.from_numpy(episode.rewards)
-        tensors[f"{index:06d}/terminated"] = torch.from_numpy(episode.terminated)
-        named = episode.actions if isinstance(episode.actions, dict) else {"": episode.actions}
-        for name, array in named.items():
-            if array.dtype.kind not in "fiub":
-                raise DataError(f"{dataset.folder}: actions of {array.dtype} cannot be kept beside latents")
-            tensors[f"{index:06d}/actions" + (f"/{name}" if name else "")] = torch.from_numpy(array)
-    save_tensors(path, tensors, {"episodes": str(dataset.episodes)})
+        if index in done:
+            continue
+        parts = _encoded(codec, dataset.episode(index), dataset.frame_skip, device)
+        fresh |= {f"{index:06d}/{name}": tensor for name, tensor in parts.items()}
+        if time.monotonic() - saved > SAVE_SECONDS:
+            save_tensors(waiting / f"{index:06d}.safetensors", fresh)
+            tensors, fresh, saved = tensors | fresh, {}, time.monotonic()
+    save_tensors(path, tensors | fresh, {"episodes": str(dataset.episodes)})
+    shutil.rmtree(waiting, ignore_errors=True)
+
+
+def pieces(codec: Codec, frames: np.ndarray, skip: int) -> Iterator[Tensor]:
+    """An episode's frames (1 + F K, ...) in pieces (1, n, height, width, 3) of some chunks; frame 0 is left out unless
+    it is the codec's first latent frame.
+    """
+    at = 1 if codec.first_frames == codec.temporal_stride else 0
+    while at < len(frames):
+        stop = PIECE * skip + (1 if at <= 1 else at)  # the first picture goes with the first chunks
+        yield torch.from_numpy(frames[None, at:stop])
+        at = stop
+
+
+def _encoded(codec: Codec, episode: Episode, skip: int, device: torch.device | str) -> dict[str, Tensor]:
+    latents, state = [], codec.initial_state(1)
+    for frames in pieces(codec, episode.frames, skip):
+        piece, state = codec.encode(frames.to(device), state)
+        latents.append(piece[0].cpu())
+    named = episode.actions if isinstance(episode.actions, dict) else {"": episode.actions}
+    actions = {
+        "actions" + (f"/{name}" if name else ""): torch.from_numpy(array)
+        for name, array in named.items()
+        if array.dtype.kind in "fiub"
+    }
+    return actions | {
+        "latents": torch.cat(latents),
+        "rewards": torch.from_numpy(episode.rewards),
+        "terminated": torch.from_numpy(episode.terminated),
+    }
 
 
 def load_latents(path: Path) -> list[LatentEpisode]:

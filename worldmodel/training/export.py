@@ -19,16 +19,21 @@ from worldmodel.training.codec import encode_dataset, load_latents, load_trained
 from worldmodel.training.episodes import EpisodeDataset, split_indices
 from worldmodel.training.evaluate import git_revision
 from worldmodel.training.flow import Latents, train_flow, train_heads
+from worldmodel.training.parallel import ALONE, Ranks
 from worldmodel.training.recipes import Recipe
 from worldmodel.world import WorldModel
 
 STAGES = ("codec", "flow", "heads")
 
 
-def train_world(recipe: Recipe, data: Path, run: Path, out: Path, until: str = "heads") -> WorldModel | None:
+def train_world(
+    recipe: Recipe, data: Path, run: Path, out: Path, until: str = "heads", ranks: Ranks = ALONE
+) -> WorldModel | None:
     """Train codec, flow and heads in that order, up to ``until``, and export; what is finished is not trained again.
 
-    Returns the world, or None where ``until`` ends before the heads.
+    Several ranks train the flow together; the first does the rest alone.
+
+    Returns the world, or None where ``until`` ends before the heads, and on every rank but the first.
 
     Raises:
         ConfigError: ``until`` is no stage. DataError: the dataset does not fit the recipe. Interrupted: by a signal.
@@ -36,22 +41,23 @@ def train_world(recipe: Recipe, data: Path, run: Path, out: Path, until: str = "
     if until not in STAGES:
         raise ConfigError(f"no stage {until!r}; choose from {', '.join(STAGES)}")
     dataset = EpisodeDataset.open(data)
-    if not (run / "codec" / "codec.json").is_file():
-        train_codec(recipe.codec, data, run / "codec")
+    cache = run / "codec" / "latents.safetensors"
+    if ranks.first:
+        if not (run / "codec" / "codec.json").is_file():
+            train_codec(recipe.codec, data, run / "codec")
+        if until != "codec" and not cache.is_file():
+            encode_dataset(load_trained_codec(run / "codec"), dataset, cache)
+    ranks.wait()
     if until == "codec":
         return None
-    cache = run / "codec" / "latents.safetensors"
-    if not cache.is_file():
-        encode_dataset(load_trained_codec(run / "codec"), dataset, cache)
     episodes = load_latents(cache)
     train = [episodes[i] for i in split_indices(len(episodes), "train")]
     latents = Latents.of(train, dataset.action_space)
-    flow, actions, flow_run = train_flow(recipe.flow, latents, run / "flow")
-    if until == "flow":
+    parts, made = train_flow(recipe.flow, latents, run / "flow", ranks)
+    if until == "flow" or not ranks.first:
         return None
     heads, _ = train_heads(recipe.heads, latents, run / "heads")
-    parts = nn.ModuleDict({"flow": flow} if actions is None else {"flow": flow, "actions": actions})
-    export_world(recipe, dataset, len(train), run, out, parts, heads, flow_run.step)
+    export_world(recipe, dataset, len(train), run, out, parts, heads, made.step)
     return WorldModel.load(out)
 
 
@@ -92,15 +98,19 @@ def export_world(
         },
         quality={"codec": report["test"]},
     )
+    starts = bank_of_starts(dataset, recipe.starts, recipe.start_chunks, recipe.collect.seed)
     tensors = {"flow": half_precision(parts), "codec": half_precision(codec), "heads": half_precision(heads)}
-    write_world(out, spec, tensors, bank_of_starts(recipe, dataset), model_card(spec))
+    write_world(out, spec, tensors, starts, model_card(spec))
 
 
-def bank_of_starts(recipe: Recipe, dataset: EpisodeDataset) -> dict[str, np.ndarray]:
-    """Clips (S, T, F, height, width, 3) and actions (S, T, ...) from anywhere in validation episodes."""
-    split = dataset.split("validation")
-    rng = np.random.default_rng(recipe.collect.seed)
-    windows = split.sample_windows(recipe.starts, recipe.start_chunks, rng)
+def bank_of_starts(dataset: EpisodeDataset, count: int, chunks: int, seed: int) -> dict[str, np.ndarray]:
+    """Clips (S, T, F, height, width, 3) and actions (S, T, ...) from anywhere in validation episodes.
+
+    ``count`` of at most ``chunks`` chunks; of training episodes where there are too few for a validation split.
+    """
+    split = dataset.split("validation" if split_indices(dataset.episodes, "validation") else "train")
+    length = min(chunks, int(split.lengths.max()))
+    windows = split.sample_windows(count, length, np.random.default_rng(seed))
     if isinstance(windows.actions, dict):
         packed = {f"actions/{k}": v for k, v in windows.actions.items()}
     else:

@@ -10,10 +10,10 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,21 +22,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
-from worldmodel.condition.spaces import pack_actions
+from worldmodel.condition.spaces import pack_actions, packed_size
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.flow.affine import LOG_2PI
 from worldmodel.flow.denoiser import SCORE_SCALE
-from worldmodel.flow.flow import Flow, FlowConfig
+from worldmodel.flow.flow import Density, Flow, FlowConfig
 from worldmodel.heads import Heads, HeadsConfig
 from worldmodel.training.codec import LatentEpisode
 from worldmodel.training.loop import LoopConfig, Run
+from worldmodel.training.parallel import ALONE, Ranks, whole
 
 
 @dataclass(frozen=True)
 class FlowTraining:
     """batch: windows a step, each of ``length`` latent frames. action_dropout: share of frames whose action is hidden,
     so that guidance and the action gain exist. harmonics: Fourier features of the action encoder. bf16: autocast.
-    compiled: with torch.compile where a C++ compiler is at hand (1.5 x faster here).
+    compiled: with torch.compile where a C++ compiler is at hand (1.5 x faster here), on one process.
+    recompute: activation checkpointing, which needs less memory and more time; never compiled.
+    text_dropout: share of windows whose prompt is replaced by the empty one, in worlds with prompts.
 
     noise_start: noise level that the run begins with; it falls to the model's ``noise_std`` between 40 % and 60 % of the
     run. Large noise is learned fast, small noise tells the state precisely. None: the model's all along.
@@ -52,6 +55,8 @@ class FlowTraining:
     compiled: bool = True
     threads: int = 2
     noise_start: float | None = None
+    recompute: bool = False
+    text_dropout: float = 0.1
 
     def noise(self, progress: float) -> float:
         """Noise level at ``progress`` (0 to 1) of the run."""
@@ -78,7 +83,9 @@ class HeadsTraining:
 @dataclass(frozen=True)
 class Latents:
     """Encoded episodes end to end: latents (S, C, h, w), packed actions (S, P), rewards (S,), terminated (S,) bool;
-    lengths (episodes,): chunks of each episode.
+    lengths (episodes,): chunks of each episode. In worlds with prompts: text (prompts, L, text_dim), the empty prompt
+    first, and prompts (S,) int64, the prompt of a window that starts at each latent frame. present (S,) bool: whether
+    an action caused the latent frame, None for all (a codec's first picture is caused by none).
     """
 
     latents: Tensor
@@ -86,10 +93,13 @@ class Latents:
     rewards: Tensor
     terminated: Tensor
     lengths: np.ndarray
+    text: Tensor | None = None
+    prompts: Tensor | None = None
+    present: Tensor | None = None
 
     @classmethod
     def of(cls, episodes: list[LatentEpisode], space: spaces.Space[Any]) -> Latents:
-        """Join encoded episodes.
+        """Join encoded episodes; those of a codec with a first picture have a latent frame more than actions.
 
         Raises:
             InputError: an action outside the space.
@@ -100,14 +110,30 @@ class Latents:
                 return {k: numpy(v) for k, v in actions.items()}
             return actions.numpy()
 
-        packed = [pack_actions(space, numpy(e.actions), len(e.latents)) for e in episodes]
+        size, packed, present = packed_size(space), [], []
+        for e in episodes:
+            caused = torch.arange(len(e.latents)) >= len(e.latents) - len(e.rewards)
+            rows = np.zeros((len(e.latents), size), dtype=np.float32)
+            if size:
+                rows[caused.numpy()] = pack_actions(space, numpy(e.actions), len(e.rewards))
+            packed.append(rows)
+            present.append(caused)
+
+        def late(values: Tensor, caused: Tensor) -> Tensor:
+            return values.new_zeros(len(caused)).masked_scatter(caused, values)
+
         return cls(
             torch.cat([e.latents for e in episodes]),
             torch.from_numpy(np.concatenate(packed)),
-            torch.cat([e.rewards for e in episodes]),
-            torch.cat([e.terminated for e in episodes]),
+            torch.cat([late(e.rewards, c) for e, c in zip(episodes, present, strict=True)]),
+            torch.cat([late(e.terminated, c) for e, c in zip(episodes, present, strict=True)]),
             np.array([len(e.latents) for e in episodes]),
+            present=None if all(c.all() for c in present) else torch.cat(present),
         )
+
+    def shown(self, at: Tensor) -> Tensor:
+        """Whether each of the latent frames ``at`` has an action, bool."""
+        return torch.ones(at.shape, dtype=torch.bool) if self.present is None else self.present[at]
 
     def places(self, length: int) -> np.ndarray:
         """Where a window of ``length`` chunks may start.
@@ -126,24 +152,46 @@ class Latents:
         return np.concatenate(found)
 
 
+def new_parts(config: FlowTraining, packed: int) -> nn.ModuleDict:
+    """{"flow"} and, where a packed action has ``packed`` > 0 floats, {"actions"}, with fresh weights."""
+    parts: dict[str, nn.Module] = {"flow": Flow(config.model)}
+    if packed:
+        parts["actions"] = ActionEncoder(
+            ActionEncoderConfig(packed, config.model.action_features, config.harmonics)
+        )
+    return nn.ModuleDict(parts)
+
+
+def gathered(trained: nn.ModuleDict, like: nn.ModuleDict | None) -> None:
+    """Copy the weights of ``trained``, which may be sharded, into ``like``; all ranks must ask together, None to help."""
+    full = {}
+    for name, value in trained.state_dict().items():
+        together = whole(value)
+        if like is not None:
+            full[name] = together.cpu()
+    if like is not None:
+        like.load_state_dict(full)
+
+
 class FlowStage:
     """One training step of flow and denoiser; see `worldmodel.training.loop.Stage`."""
 
-    def __init__(self, config: FlowTraining, data: Latents) -> None:
+    def __init__(
+        self, config: FlowTraining, data: Latents, parts: nn.ModuleDict | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        """``parts`` {"flow", "actions"} are trained where given, else new ones; several ranks shard them."""
         torch.manual_seed(config.loop.seed)
-        self.config, self.data = config, data
-        self.flow = Flow(config.model)
-        packed = data.packed.shape[1]
-        encoder = ActionEncoderConfig(packed, config.model.action_features, config.harmonics)
-        self.actions = ActionEncoder(encoder) if packed else None
-        parts: dict[str, nn.Module] = {"flow": self.flow}
-        if self.actions is not None:
-            parts["actions"] = self.actions
-        self.parts = nn.ModuleDict(parts)
+        self.config, self.data, self.ranks = config, data, ranks
+        self.parts = new_parts(config, data.packed.shape[1]) if parts is None else parts
+        self.flow = cast(Flow, self.parts["flow"])
+        self.actions = cast(ActionEncoder, self.parts["actions"]) if "actions" in self.parts else None
         self.grid = self.flow.grid((data.latents.shape[2], data.latents.shape[3]))
-        self.starts = data.places(config.length)
-        self.density, self.score = self.flow.forward, self.flow.denoiser.score
-        if config.compiled and shutil.which(os.environ.get("CXX", "g++")):
+        self.starts, self.rows = data.places(config.length), ranks.rows(config.batch)
+        ranks.shard(self.parts, config.recompute)
+        self.density: Callable[..., Density] = self.flow
+        self.score: Callable[..., Tensor] = self.flow.denoiser.score
+        plain = ranks.size == 1 and not config.recompute
+        if config.compiled and plain and shutil.which(os.environ.get("CXX", "g++")):
             warnings.filterwarnings("ignore", message=".*lru_cache.*")  # the cached tables are pure
             self.density, self.score = torch.compile(self.density), torch.compile(self.score)
 
@@ -158,59 +206,80 @@ class FlowStage:
         """Metrics: loss (nats per dimension), nats a chunk, bits_per_dim, score (mean squared error of the denoised
         latents' correction, relative to the noise's variance).
         """
-        c, sigma = self.config, self.config.noise(progress)
-        at = torch.from_numpy(rng.choice(self.starts, size=c.batch))[:, None] + torch.arange(c.length)
-        x = self.flow.tokens(self.data.latents[at])
-        noisy = (x + sigma * torch.randn(x.shape, generator=generator)).requires_grad_(True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=c.bf16):
+        c, sigma, device, rows = self.config, self.config.noise(progress), self.ranks.device, self.rows
+        begin = torch.from_numpy(rng.choice(self.starts, size=c.batch))
+        at = begin[rows, None] + torch.arange(c.length)
+        x = self.flow.tokens(self.data.latents[at].to(device))
+        noise = torch.randn(c.batch, *x.shape[1:], generator=generator)[rows].to(device)
+        noisy = (x + sigma * noise).requires_grad_(True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=c.bf16):
             features = None
             if self.actions is not None:
-                present = torch.from_numpy(rng.random((c.batch, c.length)) >= c.action_dropout)
-                features = self.actions(self.data.packed[at], present)
-            loss = -self.density(noisy, self.grid, None, features).log_prob_elements.float().mean()
+                present = torch.from_numpy(rng.random((c.batch, c.length)) >= c.action_dropout)[rows]
+                present = present & self.data.shown(at)
+                features = self.actions(self.data.packed[at].to(device), present.to(device))
+            text = self._text(rng, begin)
+            loss = -self.density(noisy, self.grid, text, features).log_prob_elements.float().mean()
         loss.backward()
         assert noisy.grad is not None
         target = noisy.grad * (noisy.numel() * sigma**2 / SCORE_SCALE)
-        with torch.autocast("cpu", torch.bfloat16, enabled=c.bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=c.bf16):
             score = self.score(
-                noisy.detach(), self.grid, None, None if features is None else features.detach()
+                noisy.detach(), self.grid, text, None if features is None else features.detach()
             )
         error = F.mse_loss(score.float(), target) * (SCORE_SCALE / sigma) ** 2
         error.backward()
+        value, error = self.ranks.mean(torch.stack((loss.detach(), error.detach())))
         dims = x[0, 0].numel()
-        value = loss.detach()
         return {
             "loss": value - 0.5 * LOG_2PI,
             "nats": value * dims,
             "noise": sigma,
             "bits_per_dim": value / math.log(2.0),
-            "score": error.detach(),
+            "score": error,
         }
 
+    def _text(self, rng: np.random.Generator, begin: Tensor) -> Tensor | None:
+        """Prompts (rows, L, text_dim) of the windows that start at ``begin``, some replaced by the empty one."""
+        if self.data.text is None or self.data.prompts is None:
+            return None
+        hidden = torch.from_numpy(rng.random(len(begin)) < self.config.text_dropout)
+        chosen = torch.where(hidden, 0, self.data.prompts[begin])[self.rows]
+        return self.data.text[chosen].to(self.ranks.device)
 
-def train_flow(config: FlowTraining, data: Latents, folder: Path) -> tuple[Flow, ActionEncoder | None, Run]:
-    """Train, or continue what is in ``folder``; returns modules that hold the averaged weights.
+
+def train_flow(
+    config: FlowTraining, data: Latents, folder: Path, ranks: Ranks = ALONE
+) -> tuple[nn.ModuleDict, Run]:
+    """Train, or continue what is in ``folder``; returns {"flow", "actions"} that hold the averaged weights.
 
     Raises:
         DataError: episodes too short. Others as `worldmodel.training.loop.Run`.
     """
     torch.set_num_threads(config.threads)
-    stage = FlowStage(config, data)
-    run = Run(stage, config.loop, folder)
+    torch.manual_seed(config.loop.seed)
+    parts, packed = new_parts(config, data.packed.shape[1]), data.packed.shape[1]
+    stage = FlowStage(config, data, parts, ranks)
+    run = Run(stage, config.loop, folder, ranks)
     run.fit("flow")
-    return stage.flow, stage.actions, run
+    made = new_parts(config, packed)
+    gathered(stage.parts, made)
+    return made, run
 
 
 class HeadsStage:
     """One training step of the heads: squared error of the standardised reward plus cross-entropy of termination."""
 
-    def __init__(self, config: HeadsTraining, data: Latents) -> None:
+    def __init__(self, config: HeadsTraining, data: Latents, heads: Heads | None = None) -> None:
+        """``heads`` are trained further where given, else new ones, standardised on the data's rewards."""
         torch.manual_seed(config.loop.seed)
         self.config, self.data = config, data
-        self.heads = Heads(HeadsConfig(data.latents[0].numel(), data.packed.shape[1], config.width))
-        std, mean = torch.std_mean(data.rewards)
-        self.heads.reward_mean.copy_(mean)
-        self.heads.reward_std.copy_(std.clamp_min(1e-6))
+        if heads is None:
+            heads = Heads(HeadsConfig(data.latents[0].numel(), data.packed.shape[1], config.width))
+            std, mean = torch.std_mean(data.rewards)
+            heads.reward_mean.copy_(mean)
+            heads.reward_std.copy_(std.clamp_min(1e-6))
+        self.heads = heads.requires_grad_(True)
         self.places = data.places(2) + 1
 
     @property
@@ -237,9 +306,11 @@ class HeadsStage:
         return {"loss": loss.detach(), "reward": squared.detach(), "termination": ended.detach()}
 
 
-def train_heads(config: HeadsTraining, data: Latents, folder: Path) -> tuple[Heads, Run]:
-    """Train reward and termination heads, or continue; returns them with averaged weights."""
-    stage = HeadsStage(config, data)
+def train_heads(
+    config: HeadsTraining, data: Latents, folder: Path, heads: Heads | None = None
+) -> tuple[Heads, Run]:
+    """Train reward and termination heads, new ones or ``heads``, or continue; returns them with averaged weights."""
+    stage = HeadsStage(config, data, heads)
     run = Run(stage, config.loop, folder)
     run.fit("heads")
     return stage.heads, run

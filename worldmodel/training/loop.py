@@ -3,6 +3,7 @@
 A checkpoint is ``checkpoint.safetensors`` (weights, their moving average, both AdamW moments) whose header
 holds, as JSON, the step, the elapsed time and the settings; it is replaced atomically. The batch of a step
 is a function of (seed, step) alone, so a resumed run sees what an uninterrupted one would have seen.
+Several ranks write shards instead (`worldmodel.training.parallel`); either form continues on any number of ranks.
 """
 
 from __future__ import annotations
@@ -25,8 +26,20 @@ from tqdm import tqdm
 
 from worldmodel.errors import CheckpointError, ConfigError, TrainingError, WorldModelError
 from worldmodel.files import load_metadata, load_tensors, save_tensors
+from worldmodel.training.parallel import (
+    ALONE,
+    Ranks,
+    fill,
+    header_of,
+    load_shards,
+    names_in,
+    save_shards,
+    shard_folders,
+    whole,
+)
 
 REPORT_EVERY = 20  # steps
+MOMENTS = ("exp_avg", "exp_avg_sq")
 CADENCE = ("save_seconds",)  # settings that may change between a run and its continuation
 
 
@@ -107,8 +120,8 @@ class Run:
         CheckpointError: it is corrupt or holds another module.
     """
 
-    def __init__(self, stage: Stage, config: LoopConfig, folder: Path) -> None:
-        self.stage, self.config, self.folder = stage, config, Path(folder)
+    def __init__(self, stage: Stage, config: LoopConfig, folder: Path, ranks: Ranks = ALONE) -> None:
+        self.stage, self.config, self.folder, self.ranks = stage, config, Path(folder), ranks
         self.file = self.folder / "checkpoint.safetensors"
         self.weights = {n: p for n, p in stage.module.named_parameters() if p.requires_grad}
         groups = [
@@ -121,8 +134,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self.average = {n: p.detach().clone() for n, p in self.weights.items()}
         self.step, self.elapsed = 0, 0.0
-        if self.file.exists():
-            self._load()
+        self._load()
 
     @property
     def progress(self) -> float:
@@ -139,26 +151,36 @@ class Run:
             Interrupted: after SIGINT or SIGTERM, once the checkpoint is written.
             TrainingError: the loss or the gradient is not finite; the last checkpoint stays.
         """
-        writer = _tensorboard(self.folder)
+        writer = _tensorboard(self.folder) if self.ranks.first else None
         saved = last = time.monotonic()
-        bar = tqdm(total=self.config.steps, initial=self.step, desc=description, unit="step", smoothing=0.05)
+        bar = tqdm(
+            total=self.config.steps,
+            initial=self.step,
+            desc=description,
+            unit="step",
+            smoothing=0.05,
+            disable=not self.ranks.first,
+        )
         with bar, _signals_caught() as caught:
             while self.progress < 1.0:
                 metrics = self._one_step(description)
                 now = time.monotonic()
-                self.elapsed, last = self.elapsed + now - last, now
+                stop, due, self.elapsed = self.ranks.agree(
+                    bool(caught), now - saved > self.config.save_seconds, self.elapsed + now - last
+                )
+                last = now
                 bar.update()
                 if self.step % REPORT_EVERY == 0:
                     self._report(bar, writer, metrics)
-                if caught or now - saved > self.config.save_seconds:
+                if stop or due:
                     self.save()
                     saved = time.monotonic()
-                if caught:
+                if stop:
                     raise Interrupted(
                         f"{description}: stopped at step {self.step} with the checkpoint written; "
                         "run the same command to continue"
                     )
-        if self.step and not (self.file.exists() and self.step == self._saved_step()):
+        if self.step and self.step != self._saved():
             self.save()
         if writer is not None:
             writer.close()
@@ -175,7 +197,7 @@ class Run:
             torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step),
             self.progress,
         )
-        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.clip)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.clip))
         if not math.isfinite(float(metrics["loss"])) or not math.isfinite(float(norm)):
             raise TrainingError(
                 f"{description}: loss or gradient is not finite at step {self.step}; the checkpoint in "
@@ -196,15 +218,21 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint, atomically. Raises CheckpointError if it cannot be written."""
+        header = {"step": self.step, "elapsed": self.elapsed, "config": asdict(self.config)}
+        if self.ranks.size > 1:
+            save_shards(self.folder, self._tensors(), header, self.ranks)
+        else:
+            save_tensors(self.file, self._tensors(), {"run": json.dumps(header)})
+
+    def _tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for name, weight in self.weights.items():
             tensors[f"weight.{name}"] = weight
             tensors[f"average.{name}"] = self.average[name]
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in MOMENTS:
                 if moment in self.optimizer.state[weight]:
                     tensors[f"{moment}.{name}"] = self.optimizer.state[weight][moment]
-        header = {"step": self.step, "elapsed": self.elapsed, "config": asdict(self.config)}
-        save_tensors(self.file, tensors, {"run": json.dumps(header)})
+        return tensors
 
     def _header(self) -> dict[str, Any]:
         try:
@@ -214,33 +242,44 @@ class Run:
                 f"{self.file} is not a training checkpoint; delete it to start again"
             ) from error
 
-    def _saved_step(self) -> int:
-        return int(self._header()["step"])
+    def _saved(self) -> int:
+        """The step of the newest checkpoint, 0 where there is none."""
+        steps = [step for step, _ in shard_folders(self.folder)]
+        return max([0, *steps, *([int(self._header()["step"])] if self.file.exists() else [])])
 
     def _load(self) -> None:
-        header, tensors = self._header(), load_tensors(self.file)
+        """Continue from the newest checkpoint, in one file or in shards."""
+        newest = self._saved()
+        if not newest:
+            return
+        shards = dict(shard_folders(self.folder)).get(newest)
+        header = self._header() if shards is None else header_of(shards)
         now = json.loads(json.dumps(asdict(self.config)))
         changed = [k for k in now if k not in CADENCE and now[k] != header["config"].get(k)]
         if changed:
             raise ConfigError(
-                f"{self.file} was made with other settings ({', '.join(changed)}); "
+                f"{shards or self.file} was made with other settings ({', '.join(changed)}); "
                 "restore them, or use another run folder"
             )
+        saved = load_tensors(self.file) if shards is None else {}
+        names = set(saved) if shards is None else names_in(shards)
         for name, weight in self.weights.items():
-            saved = tensors.get(f"weight.{name}")
-            if saved is None or saved.shape != weight.shape:
+            if f"exp_avg.{name}" in names:  # else no loss has reached it yet
+                moments = {moment: torch.zeros_like(weight) for moment in MOMENTS}
+                done = torch.tensor(float(header["step"]), device=weight.device)
+                self.optimizer.state[weight] = {"step": done, **moments}
+        tensors, where = self._tensors(), shards or self.file
+        for name, tensor in tensors.items():
+            if name not in names or (shards is None and saved[name].shape != tensor.shape):
                 raise CheckpointError(
-                    f"{self.file} does not fit this model ({name}); "
+                    f"{where} does not fit this model ({name}); "
                     "restore its configuration, or use another run folder"
                 )
-            weight.data.copy_(saved)
-            self.average[name].copy_(tensors[f"average.{name}"])
-            if f"exp_avg.{name}" in tensors:
-                moments = {
-                    m: torch.empty_like(weight).copy_(tensors[f"{m}.{name}"])
-                    for m in ("exp_avg", "exp_avg_sq")
-                }
-                self.optimizer.state[weight] = {"step": torch.tensor(float(header["step"])), **moments}
+        if shards is not None:
+            load_shards(shards, tensors, self.ranks)
+        for name, value in saved.items():
+            if name in tensors:
+                fill(tensors[name], value)
         self.step, self.elapsed = int(header["step"]), float(header["elapsed"])
 
     def _report(self, bar: tqdm, writer: Any, metrics: Mapping[str, float | Tensor]) -> None:
