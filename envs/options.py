@@ -95,10 +95,7 @@ def load_world(world: str | Path | WorldModel, options: EnvOptions) -> WorldMode
     if not isinstance(world, WorldModel):
         path = obtain(world).resolve()
         world = _load_once(path, (path / "world.json").stat().st_mtime_ns)
-    spec = replace(world.spec, sampling=options.sampling(world.spec.sampling))
-    return WorldModel(
-        spec, world.flow, world.codec, world.actions, world.heads, world.starts, world.fingerprint
-    )
+    return world.with_sampling(options.sampling(world.spec.sampling))
 
 
 @lru_cache(maxsize=4)

@@ -102,7 +102,7 @@ def continue_snapshot(
         InputError: as `check_snapshot`.
     """
     check_snapshot(world, snapshot, options)
-    state, turn = snapshot.state, snapshot.turn
+    state, turn = world.adopt(snapshot.state), snapshot.turn
     turn = replace(
         turn,
         reward=0.0,

@@ -6,7 +6,7 @@ Axis letters: B sessions, T chunks, F pixel frames of a chunk, C latent channels
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from worldmodel import Chunk, InputError, WorldModel, WorldState
 from worldmodel.training.episodes import EpisodeDataset
 
 Info = dict[str, float | int]
-RESET_OPTIONS = ("start", "bank_index", "image", "clip", "episode", "snapshot")
+RESET_OPTIONS = ("start", "bank_index", "image", "clip", "episode", "snapshot", "prompt")
 
 
 @dataclass(frozen=True)
@@ -134,39 +134,75 @@ def session_seed(rng: np.random.Generator) -> int:
 
 
 class Start(NamedTuple):
-    """What a session observes first: a clip (n, height, width, 3) uint8 of whole chunks, and actions (T, ...) or None."""
+    """What a session observes first: a clip (n, height, width, 3) uint8 of whole chunks, and actions (T, ...) or None.
+
+    With no frames (n = 0) its first chunk is imagined. prompt: its caption, in worlds that take some.
+    """
 
     frames: np.ndarray
     actions: Any
+    prompt: str | None = None
 
 
 def check_reset_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Reset options without the default ``start="bank"``: empty, or the one source that was asked for.
+    """Reset options without the default ``start="bank"``: the one source that was asked for, if any, and the prompt.
 
     Raises:
         InputError: an unknown key, or two sources at once.
     """
     given = dict(options or {})
-    if "prompt" in given:
-        raise InputError("this world takes no prompts; start from " + ", ".join(RESET_OPTIONS[1:]))
     unknown = sorted(set(given) - set(RESET_OPTIONS))
     if unknown:
         raise InputError(f"unknown reset options: {', '.join(unknown)} (known: {', '.join(RESET_OPTIONS)})")
+    bank = "start" in given
     if given.pop("start", "bank") != "bank":
         raise InputError(
             'reset option start must be "bank"; give an image, clip, episode or snapshot by its own key'
         )
-    if len(given) > 1:
+    sources = sorted(set(given) - {"prompt"})
+    if len(sources) > 1 or ("prompt" in given and "snapshot" in given):
         raise InputError(f"reset options {', '.join(sorted(given))} exclude each other; give one")
-    return given
+    if "prompt" in given and not isinstance(given["prompt"], str):
+        raise InputError(f"prompt is of type {type(given['prompt']).__name__}, expected a string")
+    return given | {"start": "bank"} if bank and not sources else given
 
 
 def choose_start(world: WorldModel, source: Mapping[str, Any], rng: np.random.Generator) -> Start:
-    """The real clip that a session begins with; draws from ``rng`` for the bank alone.
+    """What a session begins with; draws from ``rng`` for the bank alone.
+
+    A prompt without anything to look at begins with an imagined chunk, and so does a world without a bank that takes
+    prompts.
 
     Raises:
-        InputError: frames of the wrong shape or dtype, or an index out of range. DataError: not a dataset.
+        InputError: frames of the wrong shape or dtype, an index out of range, or a prompt in a world that takes none.
+            DataError: not a dataset.
     """
+    if world.prompts is None:
+        if "prompt" in source:
+            raise InputError("this world takes no prompts; start from " + ", ".join(RESET_OPTIONS[1:-1]))
+        return _seen(world, source, rng)
+    prompt = source.get("prompt")
+    if (prompt is not None and set(source) == {"prompt"}) or (not source and "frames" not in world.starts):
+        return Start(np.zeros((0, *world.spec.frame_size, 3), np.uint8), None, prompt or "")
+    start = _seen(world, source, rng)
+    if prompt is None or start.actions is None:
+        return start._replace(prompt=prompt)
+    batch = map_actions(start.actions, lambda values: np.asarray(values)[None])
+    told = world.with_prompts(batch, [prompt])
+    actions = None if told is None else map_actions(told, lambda values: values[0])
+    return Start(start.frames, actions, prompt)
+
+
+def map_actions(actions: Any, function: Callable[[Any], Any]) -> Any:
+    """``function`` of actions, or of each array in a dict of such."""
+    return (
+        {k: map_actions(v, function) for k, v in actions.items()}
+        if isinstance(actions, Mapping)
+        else function(actions)
+    )
+
+
+def _seen(world: WorldModel, source: Mapping[str, Any], rng: np.random.Generator) -> Start:
     if "image" in source:
         image = _pixels(world, source["image"], "image", 3)
         return Start(np.broadcast_to(image, (world.first_frames, *image.shape)), None)
@@ -255,12 +291,16 @@ def begin(world: WorldModel, starts: Sequence[Start], seeds: Sequence[int]) -> t
     groups: dict[tuple[int, bool], list[int]] = {}
     for row, start in enumerate(starts):
         groups.setdefault((len(start.frames), start.actions is None), []).append(row)
+    told = world.prompts is not None
     states, lasts, order = [], [], []
-    for (_, bare), rows in groups.items():
-        state = world.initial_state([seeds[r] for r in rows])
+    for (length, bare), rows in groups.items():
+        prompts = [starts[r].prompt or "" for r in rows] if told else None
+        state = world.initial_state([seeds[r] for r in rows], prompts)
         frames = np.stack([starts[r].frames for r in rows])
         actions = None if bare else _stack([starts[r].actions for r in rows])
-        for t, part in enumerate(world.chunks_of(frames)):
+        if not length:
+            state, chunk = world.step(state)
+        for t, part in enumerate(world.chunks_of(frames) if length else []):
             state, chunk = world.observe(state, part, None if bare else at_chunk(actions, t))
         states.append(state)
         lasts.append(_held(chunk, world.chunk_frames))
@@ -288,4 +328,4 @@ def _stack(actions: Sequence[Any]) -> Any:
 
 def at_chunk(actions: Any, t: int) -> Any:
     """Chunk ``t`` of actions (B, T, ...), or of a dict of such arrays."""
-    return {k: at_chunk(v, t) for k, v in actions.items()} if isinstance(actions, Mapping) else actions[:, t]
+    return map_actions(actions, lambda values: values[:, t])

@@ -131,7 +131,8 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
     ) -> tuple[np.ndarray, Info]:
         """Start an episode with real frames; the observation is the last of them.
 
-        ``options``, at most one: ``start="bank"`` (default: a clip of the world's bank, picked by the seed),
+        ``options``: ``prompt`` (a string, in worlds that take prompts; alone, the first chunk is imagined),
+        and at most one of ``start="bank"`` (default: a clip of the world's bank, picked by the seed),
         ``bank_index`` (int), ``image`` (height, width, 3) uint8, ``clip`` (n, height, width, 3) uint8 (the
         last whole chunks of it), ``episode`` (dataset directory, index, first chunk: as many chunks as a
         bank clip has), ``snapshot`` (`Snapshot`: continues it with the chunk count at 0, and with new noise
@@ -219,7 +220,7 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
         check_snapshot(self.world, snapshot, self.options)
         self.np_random.bit_generator.state = copy.deepcopy(snapshot.rng)
         self._unrendered.clear()
-        self._session = snapshot.state, snapshot.turn, snapshot.chunk
+        self._session = self.world.adopt(snapshot.state), snapshot.turn, snapshot.chunk
 
     def fork(self, n: int) -> list[WorldModelEnv]:
         """``n`` environments that share this past. The first continues as this one would, the others with

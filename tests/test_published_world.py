@@ -20,7 +20,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from tests.flow.test_published import published_keys
-from tests.toy import randomise, wan_config
+from tests.toy import randomise, wan_config, write_t5
 from worldmodel import files, published
 from worldmodel import plan as planning
 from worldmodel.cli import app
@@ -33,6 +33,7 @@ from worldmodel.published import RELEASES, obtain
 from worldmodel.world import WorldModel
 
 pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
 NAME = "apple/starflow-v"
 SMALL = {
     **RELEASES[NAME].arguments,
@@ -51,11 +52,9 @@ TRAINING = {"fsdp": 1, "nvp": 1, "adaln": 0, "lr": "5e-5", "batch_size": 192, "d
 
 
 def write_folder(folder: Path) -> Path:
-    """What a user who downloads everything has: the .pth, the .yaml, vae/, and here a text encoder's config.json."""
+    """What a user who downloads everything has: the .pth, the .yaml, vae/, and here a tiny text encoder."""
     folder.mkdir()
-    encoder = folder / "t5"
-    encoder.mkdir()
-    (encoder / "config.json").write_text('{"d_model": 8}')
+    encoder = write_t5(folder / "t5")
     arguments = {**SMALL, **TRAINING, "text": str(encoder)}
     (folder / "model.yaml").write_text(yaml.safe_dump({"arguments": [{k: v} for k, v in arguments.items()]}))
     torch.manual_seed(0)

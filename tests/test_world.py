@@ -99,7 +99,7 @@ def test_the_map_is_laid_out_on_the_latent_grid(world: WorldModel) -> None:
     x[:, :, 1, 1] = 50.0
     _, chunk = world._commit(
         state,
-        world._room(state.context, world.spec.sampling),
+        world._room(state, world.spec.sampling),
         world.flow.tokens(x[:, None]),
         None,
         torch.zeros(1, 1),

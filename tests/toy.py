@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from worldmodel.checkpoint import WorldSpec, half_precision, write_world
 from worldmodel.codec.conv import ConvCodec, ConvCodecConfig
 from worldmodel.codec.wan import WanCodec, WanCodecConfig
 from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
-from worldmodel.condition.spaces import packed_size, space_to_json
+from worldmodel.condition.spaces import packed_size, prompt_key, space_to_json
 from worldmodel.condition.text import TextConfig
 from worldmodel.flow.flow import Flow, FlowConfig
 from worldmodel.heads import Heads, HeadsConfig
@@ -21,6 +22,41 @@ from worldmodel.world import WorldModel
 
 FRAME = (32, 32)
 BOX = spaces.Box(-2.0, 2.0, (1,), np.float32)
+TEXT = spaces.Text(64, min_length=0, charset=string.printable)
+TOLD = spaces.Dict({"prompt": TEXT, "action": BOX})
+WORDS = (
+    "a",
+    "the",
+    "corgi",
+    "cat",
+    "dog",
+    "looks",
+    "runs",
+    "sleeps",
+    "red",
+    "blue",
+    "camera",
+    "at",
+    "video",
+    "fps",
+)
+WORDS += (
+    "image",
+    "noise",
+    "level",
+    "aspect",
+    "ratio",
+    "with",
+    "an",
+    "in",
+    "extend",
+    "v2v",
+    ":",
+    "(",
+    ")",
+    ".",
+)
+TEXT_TOKENS, TEXT_DIM = 40, 16
 
 
 def randomise(module: nn.Module, seed: int, scale: float = 0.3) -> None:
@@ -60,7 +96,8 @@ def toy_flow(seed: int = 0, **overrides: object) -> Flow:
 def write_toy(
     path: Path, space: spaces.Space = BOX, seed: int = 0, frame: tuple[int, int] = FRAME, **overrides: object
 ) -> Path:
-    """A toy world directory with the given action space and frame size."""
+    """A toy world directory with the given action space and frame size; one with prompts brings a tiny T5."""
+    text, overrides = write_text(path, space, seed, overrides)
     flow = toy_flow(seed, **overrides)
     codec = ConvCodec(
         ConvCodecConfig(
@@ -76,7 +113,7 @@ def write_toy(
     randomise(codec, seed, 1.0)
     cells = frame[0] // codec.spatial_stride, frame[1] // codec.spatial_stride
     packed = packed_size(space)
-    actions = ActionEncoder(ActionEncoderConfig(packed, flow.config.action_features or 8))
+    actions = ActionEncoder(ActionEncoderConfig(packed, flow.config.action_features or 8)) if packed else None
     heads = Heads(HeadsConfig(flow.config.in_channels * cells[0] * cells[1], packed, 16))
     spec = WorldSpec(
         name="toy",
@@ -85,9 +122,9 @@ def write_toy(
         action_space_json=space_to_json(space),
         flow=flow.config,
         codec=codec.config,
-        actions=actions.config,
+        actions=ActionEncoderConfig(0) if actions is None else actions.config,
         heads=heads.config,
-        text=TextConfig() if flow.config.text_tokens else None,
+        text=text,
     )
     rng = np.random.default_rng(seed)
     space.seed(seed)
@@ -100,11 +137,50 @@ def write_toy(
             for name, key in keys.items()
         },
     }
-    if not packed:  # conditioned on prompts alone
-        starts = {"frames": starts["frames"]}
-    parts = nn.ModuleDict({"flow": flow, "actions": actions} if packed else {"flow": flow})
+    parts = nn.ModuleDict({"flow": flow} if actions is None else {"flow": flow, "actions": actions})
     tensors = {"flow": half_precision(parts), "codec": half_precision(codec), "heads": half_precision(heads)}
     write_world(path, spec, tensors, starts, "# toy\n")
+    return path
+
+
+def write_text(
+    path: Path, space: spaces.Space, seed: int, overrides: dict[str, object]
+) -> tuple[TextConfig | None, dict[str, object]]:
+    """What a world with this action space needs for prompts, and the flow's sizes with it."""
+    if prompt_key(space) is None and not overrides.get("text_tokens"):
+        return None, overrides
+    sizes: dict[str, object] = {"text_tokens": TEXT_TOKENS, "text_dim": TEXT_DIM}
+    write_t5(path / "text", seed, int(str(overrides.get("text_dim", TEXT_DIM))))
+    if not packed_size(space):
+        sizes["action_features"] = 0
+    return TextConfig("text"), {**sizes, **overrides}
+
+
+def write_t5(path: Path, seed: int = 0, dim: int = TEXT_DIM) -> Path:
+    """A random T5 encoder and a tokenizer of a few words, as transformers writes them."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    vocabulary = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS, *map(str, range(10))))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Whitespace(),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.save_pretrained(path)
+    torch.manual_seed(seed)
+    sizes = {"d_model": dim, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = T5EncoderModel(T5Config(vocab_size=len(vocabulary), **sizes))
+    randomise(model, seed)
+    model.save_pretrained(path, safe_serialization=True)
     return path
 
 
@@ -125,25 +201,35 @@ def wan_config(**overrides: object) -> WanCodecConfig:
     return WanCodecConfig(**{**values, **overrides})
 
 
-def write_wan_toy(path: Path, seed: int = 0, dtype: str = "float32", **overrides: object) -> Path:
+def write_wan_toy(
+    path: Path,
+    seed: int = 0,
+    dtype: str = "float32",
+    space: spaces.Space = BOX,
+    fps: float = 16.0,
+    **overrides: object,
+) -> Path:
     """A toy world with the Wan2.2 codec, no heads and no bank, as a published model is."""
+    text, overrides = write_text(path, space, seed, overrides)
     flow = toy_flow(seed, **overrides)
     torch.manual_seed(seed)
     codec = WanCodec(wan_config())
-    actions = ActionEncoder(ActionEncoderConfig(1, flow.config.action_features))
+    packed = packed_size(space)
+    actions = ActionEncoder(ActionEncoderConfig(packed, flow.config.action_features)) if packed else None
     spec = WorldSpec(
         name="wan-toy",
         frame_size=FRAME,
-        fps=16.0,
-        action_space_json=space_to_json(BOX),
+        fps=fps,
+        action_space_json=space_to_json(space),
         flow=flow.config,
         codec=codec.config,
-        actions=actions.config,
+        actions=ActionEncoderConfig(0) if actions is None else actions.config,
         heads=None,
+        text=text,
         dtype=dtype,
         bank=False,
     )
-    parts = nn.ModuleDict({"flow": flow, "actions": actions})
+    parts = nn.ModuleDict({"flow": flow} if actions is None else {"flow": flow, "actions": actions})
     write_world(path, spec, {"flow": half_precision(parts), "codec": codec.state_dict()}, {}, "# toy\n")
     return path
 

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from worldmodel.codec.conv import ConvCodec, ConvCodecConfig, channels_last
 from worldmodel.codec.wan import WanCodec, WanCodecConfig
 from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
-from worldmodel.condition.spaces import pack_actions, packed_size, space_from_json
+from worldmodel.condition.prompts import T5, Prompts
+from worldmodel.condition.spaces import pack_actions, packed_size, prompt_key, space_from_json
 from worldmodel.condition.text import TextConfig
 from worldmodel.errors import CheckpointError, ConfigError, InputError
 from worldmodel.files import (
@@ -99,6 +100,20 @@ class WorldFiles:
     starts: Mapping[str, np.ndarray]
     fingerprint: str
     path: Path
+
+    def prompts(self, device: torch.device | str, cache: Path | None = None) -> Prompts | None:
+        """How captions become condition tokens, with the encoder on ``device`` (read when the first prompt comes).
+
+        ``cache``: a folder where encoded prompts are kept. None for a world without prompts.
+        """
+        spec = self.spec
+        if spec.text is None:
+            return None
+        inside = self.path / spec.text.encoder
+        name = str(inside) if inside.is_dir() else spec.text.encoder
+        shape = spec.flow.text_tokens, spec.flow.text_dim
+        encode = T5(name, spec.flow.text_tokens, device)
+        return Prompts(spec.text, shape, spec.fps, spec.flow.noise_std, spec.frame_size, encode, cache)
 
     def build(
         self, device: torch.device | str
@@ -200,6 +215,8 @@ def read_spec(name: str | Path) -> WorldSpec:
         raise ConfigError(
             f"{path}/world.json: actions.packed is {spec.actions.packed}, expected {packed_size(spec.action_space)}"
         )
+    if prompt_key(spec.action_space) is not None and spec.text is None:
+        raise ConfigError(f"{path}/world.json: actions with a prompt need text, which says how it is read")
     if isinstance(spec.codec, WanCodecConfig) and (spec.codec.height, spec.codec.width) != spec.frame_size:
         raise ConfigError(
             f"{path}/world.json: codec frames are {spec.codec.height} x {spec.codec.width}, frame_size {spec.frame_size}"
@@ -256,7 +273,7 @@ def _read_starts(file: Path, spec: WorldSpec) -> Mapping[str, np.ndarray]:
         raise CheckpointError(
             f"{file}: frames are {frames.dtype} {frames.shape}, expected uint8 ({', '.join(map(str, named))})"
         )
-    if spec.actions.packed:
+    if spec.actions.packed or "actions" in starts:
         _check_start_actions(file, starts, spec, (len(frames), chunks[0]))
     return starts
 

@@ -227,7 +227,7 @@ def world_spec(model: PublishedModel, codec: WanCodecConfig, name: str) -> World
         name=name,
         frame_size=model.frame_size,
         fps=model.fps,
-        action_space_json={"kind": "Text", "max_length": 2000},
+        action_space_json={"kind": "Text", "min_length": 0, "max_length": 2000},
         flow=model.flow,
         codec=codec,
         actions=ActionEncoderConfig(0),

@@ -28,7 +28,7 @@ class WorldState:
     noisy: (B, R, N, D) the last noisy tokens, right-aligned, for the denoiser. latent: (B, C, h, w) the last clean
     latent. codec: the codec's streaming state, rows on axis 0. seeds, branches, steps: (B,) int64, what the noise is a
     function of; ``steps`` counts the chunks of a session. forks: (B,) int64, how often a branch was forked.
-    log_prob: (B,) float64, nats of all chunks since the start.
+    log_prob: (B,) float64, nats of all chunks since the start. prompts: (B,) captions as given, None in a world without.
     """
 
     context: Context
@@ -40,6 +40,7 @@ class WorldState:
     forks: Tensor
     steps: Tensor
     log_prob: Tensor
+    prompts: tuple[str, ...] | None = None
 
     @property
     def rows(self) -> int:
@@ -84,6 +85,7 @@ class WorldState:
             torch.tensor(forked, dtype=torch.int64),
             self.steps.repeat_interleave(n),
             self.log_prob.repeat_interleave(n),
+            None if self.prompts is None else tuple(p for p in self.prompts for _ in range(n)),
         )
 
     def select(self, indices: Sequence[int]) -> WorldState:
@@ -108,11 +110,16 @@ class WorldState:
             self.forks[index],
             self.steps[index],
             self.log_prob[index],
+            None if self.prompts is None else tuple(self.prompts[i] for i in rows),
         )
 
     @staticmethod
     def concat(states: Sequence[WorldState]) -> WorldState:
-        """Sessions of several states in one batch; K/V pages are shared, not copied."""
+        """Sessions of several states of one world in one batch; K/V pages are shared, not copied.
+
+        Raises:
+            InputError: some keep a past under the empty prompt and some do not, see `Context.concat`.
+        """
         if len(states) == 1:
             return states[0]
 
@@ -129,6 +136,7 @@ class WorldState:
             join("forks"),
             join("steps"),
             join("log_prob"),
+            None if states[0].prompts is None else tuple(p for s in states for p in s.prompts or ()),
         )
 
     def reseed(self, seeds: Sequence[int]) -> WorldState:
@@ -167,6 +175,10 @@ class WorldState:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
         if c.u.shape[2:] != self.noisy.shape[2:]:
             raise ValueError("u and noisy differ in shape")
+        if (c.text is None) != (self.prompts is None) or (c.uncond is None) != (c.uncond_text is None):
+            raise ValueError("prompts without their condition tokens, or the reverse")
+        if self.prompts is not None and len(self.prompts) != self.rows:
+            raise ValueError(f"{len(self.prompts)} prompts for {self.rows} sessions")
         for cache in (c.cache, c.uncond):
             if cache is not None and cache.rows != self.rows:
                 raise ValueError(f"K/V of {cache.rows} rows for {self.rows} sessions")
@@ -201,6 +213,8 @@ class WorldState:
                     }
                 )
         header = {"format": STATE_FORMAT, "world": world, "grid": self.context.grid, "layout": layout}
+        if self.prompts is not None:
+            header["prompts"] = self.prompts
         save_tensors(Path(path), tensors, {"worldmodel_state": json.dumps(header)})
 
     @classmethod
@@ -245,8 +259,23 @@ class WorldState:
                 tensors.get("uncond_text"),
             )
             codec = {k.removeprefix("codec."): v for k, v in tensors.items() if k.startswith("codec.")}
-            counters = [tensors[k].cpu() for k in ("seeds", "branches", "forks", "steps", "log_prob")]
-            state = cls(context, tensors["noisy"], tensors["latent"], codec, *counters)
+            seeds, branches, forks, steps = (
+                tensors[k].cpu() for k in ("seeds", "branches", "forks", "steps")
+            )
+            log_prob = tensors["log_prob"].cpu()
+            prompts = tuple(str(p) for p in header["prompts"]) if "prompts" in header else None
+            state = cls(
+                context,
+                tensors["noisy"],
+                tensors["latent"],
+                codec,
+                seeds,
+                branches,
+                forks,
+                steps,
+                log_prob,
+                prompts,
+            )
             state._check()
             return state
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, AssertionError) as error:

@@ -24,7 +24,8 @@ from worldmodel.codec.base import Codec, CodecState
 from worldmodel.codec.taehv import load_fast_decoder
 from worldmodel.codec.wan import WanCodec
 from worldmodel.condition.actions import ActionEncoder
-from worldmodel.condition.spaces import pack_actions
+from worldmodel.condition.prompts import Prompts
+from worldmodel.condition.spaces import pack_actions, prompt_key, prompts_of
 from worldmodel.errors import CheckpointError, InputError, WorldModelError
 from worldmodel.flow.affine import standard_normal_log_prob
 from worldmodel.flow.deep import Context
@@ -33,6 +34,7 @@ from worldmodel.heads import Heads
 from worldmodel.invariance import MATRIX_ROWS, with_rows
 from worldmodel.noise import OBSERVE, SAMPLE, SCORE, normal, seed_tensor
 from worldmodel.plan import check_memory
+from worldmodel.prompted import check_captions, continued, switched, with_unconditional
 from worldmodel.published import obtain
 from worldmodel.sampling import Sampling
 from worldmodel.state import WorldState
@@ -44,7 +46,9 @@ class Chunk:
 
     frames: (B, F, height, width, 3) uint8 RGB, imagined or as observed. latent: (B, C, h, w) clean latent.
     log_prob: (B,) float64 nats of the chunk given past and action, exact for x~ as committed. guided_log_prob: the
-    same under the guided sampler, or None. action_gain: (B,) nats, ``log p(chunk | action) - log p(chunk | no action)``.
+    same under the guided sampler, or None. action_gain: (B,) nats, ``log p(chunk | action) - log p(chunk | no action)``;
+    under prompts ``log p(chunk | prompt, action) - log p(chunk | empty prompt, no action)`` in sessions that keep a past
+    under the empty prompt (those of a world with guidance, and those guided once), else what the action alone gains.
     log_prob_map: (B, h, w) nats a latent cell, summing to log_prob. noise: (B, C, h, w) the z that x~ maps to; given
     back to `WorldModel.step` it reproduces the chunk. reward, termination: (B,). sweeps: (B,) deep Jacobi sweeps, 0
     for an observed chunk; residual: (B,) relative mean squared change of the last sweep. context_frames: (B,) latent
@@ -102,6 +106,7 @@ class WorldModel:
         heads: Heads | None,
         starts: Mapping[str, np.ndarray],
         fingerprint: str = "",
+        prompts: Prompts | None = None,
     ) -> None:
         self.spec = spec
         self.flow = flow
@@ -110,13 +115,18 @@ class WorldModel:
         self.heads = heads
         self.starts = starts
         self.fingerprint = fingerprint
+        self.prompts = prompts
 
     @classmethod
-    def load(cls, name: str | Path, device: torch.device | str = "cpu") -> WorldModel:
+    def load(
+        cls, name: str | Path, device: torch.device | str = "cpu", prompt_cache: Path | None = None
+    ) -> WorldModel:
         """A world that ships with the package ("pendulum"), a world directory, or a published model.
 
         A published model is "apple/starflow-v", or a directory with its ``.pth``; it is converted once, see
         `worldmodel.published`.
+
+        ``prompt_cache``: a folder where encoded prompts are kept, for worlds that take some.
 
         Raises:
             CheckpointError: no such world, a corrupt or truncated one, weights that cannot be had, or too little memory.
@@ -126,7 +136,33 @@ class WorldModel:
         check_memory(read_spec(path), device)
         files: WorldFiles = read_world(path)
         flow, codec, actions, heads = files.build(device)
-        return cls(files.spec, flow, codec, actions, heads, files.starts, files.fingerprint)
+        prompts = files.prompts(device, prompt_cache)
+        return cls(files.spec, flow, codec, actions, heads, files.starts, files.fingerprint, prompts)
+
+    def with_sampling(self, sampling: Sampling) -> WorldModel:
+        """The same world with another sampler of its own."""
+        return self._with(replace(self.spec, sampling=sampling))
+
+    def at(self, frame_size: tuple[int, int]) -> WorldModel:
+        """The same weights for frames of another size (height, width), without the bank and the heads.
+
+        Raises:
+            InputError: the codec has one frame size.
+        """
+        if frame_size == self.spec.frame_size:
+            return self
+        if not isinstance(self.codec, WanCodec):
+            raise InputError(f"this world's codec has one frame size, {self.spec.frame_size}")
+        codec = self.codec.at(frame_size)
+        spec = replace(self.spec, frame_size=frame_size, codec=codec.config, heads=None, bank=False)
+        other = self._with(spec)
+        other.codec, other.heads, other.starts = codec, None, {}
+        other.prompts = None if self.prompts is None else self.prompts.at(frame_size)
+        return other
+
+    def _with(self, spec: WorldSpec) -> WorldModel:
+        parts = self.flow, self.codec, self.actions, self.heads, self.starts, self.fingerprint
+        return WorldModel(spec, *parts, self.prompts)
 
     def with_fast_decoder(self, path: str | Path) -> WorldModel:
         """The same world, its frames decoded by the small decoder in a ``taew2_2`` file; for worlds with Wan2.2's codec.
@@ -139,9 +175,9 @@ class WorldModel:
                 f"{self.spec.name} has a codec of its own; a fast decoder is for Wan2.2's latents"
             )
         codec = self.codec.with_fast_decoder(load_fast_decoder(Path(path), self.codec.latent_channels))
-        return WorldModel(
-            self.spec, self.flow, codec, self.actions, self.heads, self.starts, self.fingerprint
-        )
+        other = self._with(self.spec)
+        other.codec = codec
+        return other
 
     # ---- geometry ---------------------------------------------------------------------------------------------------
     @property
@@ -181,8 +217,10 @@ class WorldModel:
         Raises:
             InputError: some sessions have begun and some have not, and their chunks differ in length.
         """
-        begun = state.steps > 0
-        if self.first_frames != self.chunk_frames and bool(begun.any()) and not bool(begun.all()):
+        begun = self.codec.begun(state.codec)
+        if begun is None:
+            return self.chunk_frames
+        if bool(begun.any()) and not bool(begun.all()):
             raise InputError(
                 f"some sessions are before their first chunk ({self.first_frames} frames) and some after it "
                 f"({self.chunk_frames}); select() them apart, and concat them when all have begun"
@@ -205,15 +243,23 @@ class WorldModel:
 
     # ---- sessions -----------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def initial_state(self, seeds: Sequence[int]) -> WorldState:
-        """Sessions with an empty past, one a seed; the first chunk is then unconditional on a past."""
+    def initial_state(self, seeds: Sequence[int], prompts: Sequence[str] | None = None) -> WorldState:
+        """Sessions with an empty past, one a seed; the first chunk is then unconditional on a past.
+
+        ``prompts``: a caption for each, by default the empty (unconditional) one. Where the world's sampler has guidance,
+        sessions keep a second past under the empty prompt from the start; else a guided step writes it.
+
+        Raises:
+            InputError: prompts in a world that takes none, or not one for each seed.
+        """
         rows, config = len(seeds), self.flow.config
+        captions, text, uncond = self._captions(prompts, rows)
         reach = min(config.window, self.flow.denoiser.reach)
         tokens, dim = self.grid[0] * self.grid[1], config.token_dim
         codec = self.codec.initial_state(rows)
         zero = torch.zeros(rows, dtype=torch.int64)
         return WorldState(
-            self.flow.deep.start(rows, self.grid, config.window, features=config.action_features),
+            self.flow.deep.start(rows, self.grid, config.window, text, uncond, config.action_features),
             torch.zeros(rows, reach, tokens, dim, device=self.device),
             torch.zeros(rows, *self.latent_shape, device=self.device),
             codec,
@@ -222,14 +268,60 @@ class WorldModel:
             zero.clone(),
             zero.clone(),
             torch.zeros(rows, dtype=torch.float64),
+            captions,
         )
 
+    def _captions(
+        self, prompts: Sequence[str] | None, rows: int
+    ) -> tuple[tuple[str, ...] | None, Tensor | None, Tensor | None]:
+        """Captions of new sessions, their condition tokens, and those of the empty prompt where it is kept up."""
+        if self.prompts is None:
+            if prompts is not None:
+                raise InputError("this world takes no prompts; leave them out")
+            return None, None, None
+        captions = check_captions(prompts, rows)
+        text = self.prompts(captions).to(self.device)
+        guided = self.spec.sampling.guidance > 0
+        return captions, text, self.prompts([""] * rows).to(text) if guided else None
+
+    def begin_clip(self, state: WorldState) -> WorldState:
+        """The same sessions at the first frame of another clip: the flow's past stays, the codec begins anew.
+
+        So a source clip comes before its target in video-to-video, as trained.
+        """
+        return replace(state, codec=self.codec.initial_state(state.rows))
+
+    def prompt(self, state: WorldState, prompts: Sequence[str]) -> WorldState:
+        """The same sessions under other captions, one for each; see `worldmodel.prompted.switched`.
+
+        Raises:
+            InputError: a world without prompts, or not one for each session.
+        """
+        if self.prompts is None:
+            raise InputError("this world takes no prompts")
+        return switched(self.flow, self.prompts, state, prompts)
+
+    def adopt(self, state: WorldState) -> WorldState:
+        """Sessions of the same weights under another sampler, as this world's own: with a past under the empty prompt where
+        its sampler has guidance and without one where it has none, so that they can share a batch.
+        """
+        context, guided = state.context, self.spec.sampling.guidance > 0
+        if self.prompts is None or guided == (context.uncond is not None):
+            return state
+        if guided:
+            return replace(state, context=with_unconditional(self.flow, self.prompts, context))
+        return replace(state, context=replace(context, uncond=None, uncond_text=None))
+
     def reset(
-        self, seeds: Sequence[int], starts: Sequence[int] | None = None
+        self,
+        seeds: Sequence[int],
+        starts: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
     ) -> tuple[WorldState, list[Chunk]]:
         """Sessions that begin with real clips from the world's own bank: the state, and the chunks observed.
 
-        ``starts`` (B,) picks the clips; by default each session's seed does.
+        ``starts`` (B,) picks the clips; by default each session's seed does. ``prompts``: a caption for each, in place of
+        the bank's.
 
         Raises:
             InputError: an index outside the bank.
@@ -246,7 +338,8 @@ class WorldModel:
                 f"starts {list(starts)}: expected {len(seeds)} indices into a bank of {len(bank)}"
             )
         index = np.asarray(starts, dtype=np.int64)
-        return self.observe_clip(self.initial_state(seeds), bank[index], self.start_actions(index))
+        actions = self.with_prompts(self.start_actions(index), prompts)
+        return self.observe_clip(self.initial_state(seeds, prompts), bank[index], actions)
 
     @property
     def start_chunks(self) -> int:
@@ -260,12 +353,21 @@ class WorldModel:
 
     def start_actions(self, index: np.ndarray) -> Any:
         """Actions (B, T, ...) of clips of the bank, or None for a world without actions."""
-        if self.actions is None:
+        if self.actions is None and self.prompts is None:
             return None
         if "actions" in self.starts:
             return self.starts["actions"][index]
         named = {k.removeprefix("actions/"): v for k, v in self.starts.items() if k.startswith("actions/")}
-        return {k: v[index] for k, v in named.items()}
+        return {k: v[index] for k, v in named.items()} or None
+
+    def with_prompts(self, actions: Any, prompts: Sequence[str] | None) -> Any:
+        """Actions (B, T, ...) with the captions (B,) as their prompts; as they are where there are none."""
+        key = prompt_key(self.spec.action_space)
+        if prompts is None or key is None or actions is None:
+            return actions
+        if not key:
+            return None  # the sessions' own captions
+        return {**actions, key: np.repeat(np.asarray(prompts)[:, None], np.shape(actions[key])[1], axis=1)}
 
     def observe_clip(
         self, state: WorldState, frames: np.ndarray | Tensor, actions: Any
@@ -292,7 +394,8 @@ class WorldModel:
     ) -> tuple[WorldState, Chunk]:
         """Imagine the next chunk of every session.
 
-        ``action``: (B, ...) in the world's action space, or None for no action. ``noise``: (B, C, h, w) replaces the
+        ``action``: (B, ...) in the world's action space, or None for no action (and the prompts that hold). A prompt that
+        differs from a session's own takes its place from this chunk on, see `prompt`. ``noise``: (B, C, h, w) replaces the
         session's own random stream, e.g. with a chunk's inferred one for a counterfactual.
 
         Raises:
@@ -300,6 +403,7 @@ class WorldModel:
         """
         sampling = sampling or self.spec.sampling
         packed, features = self._action(action, state.rows)
+        state = self._told(state, action, sampling.guidance)
         self.next_frames(state)
         if noise is None:
             noise = normal(state.seeds, state.branches, state.steps, SAMPLE, self.latent_shape)
@@ -309,21 +413,11 @@ class WorldModel:
                 f"noise has shape {tuple(noise.shape)}, expected finite {(state.rows, *self.latent_shape)}"
             )
         w = self.flow.tokens(noise[:, None].to(self.device))[:, 0]
-        context = self._room(state.context, sampling)
+        context = self._room(state, sampling)
         solved = self.flow.deep.solve(context, w, features, sampling.guidance, sampling.tolerance)
         x, _ = self.flow.shallow_inverse(solved.v[:, None], self.grid, sampling.tolerance)
         after, chunk = self._commit(state, context, x, features, packed, sampling.guidance)
-        noisy, steps = after.noisy, after.steps.clamp(max=after.noisy.shape[1])
-        frames_back = int(steps.max())
-        valid = torch.arange(frames_back)[None] >= frames_back - steps[:, None]
-        clean = self.flow.denoise(
-            noisy[:, -frames_back:],
-            self.grid,
-            after.context.text,
-            None if after.context.features is None else after.context.features[:, -frames_back:],
-            None if bool(valid.all()) else valid.to(self.device),
-        )[:, -1:]
-        latent = self.flow.latents(clean, self.grid)[:, 0]
+        latent = self.flow.latents(self._clean(after), self.grid)[:, 0]
         frames, codec = self.codec.decode(latent[:, None], state.codec)
         if codec:  # a codec that remembers: its encoder has to see what was imagined
             _, codec = self.codec.encode(frames, codec)
@@ -347,10 +441,11 @@ class WorldModel:
             InputError: wrong shape, dtype or range.
         """
         packed, features = self._action(action, state.rows)
+        state = self._told(state, action)
         pixels, latent, codec = self._encode(state, frames)
         noise = normal(state.seeds, state.branches, state.steps, OBSERVE, self.latent_shape)
         x = self.flow.tokens((latent + self.flow.config.noise_std * noise.to(self.device))[:, None])
-        context = self._room(state.context, self.spec.sampling)
+        context = self._room(state, self.spec.sampling)
         after, chunk = self._commit(state, context, x, features, packed, 0.0)
         if codec:  # and its decoder what was observed
             _, codec = self.codec.decode(latent[:, None], codec)
@@ -382,11 +477,12 @@ class WorldModel:
                 f"noise has shape {tuple(noise.shape)} for {draws} draws, expected {(state.rows, *self.latent_shape)} for 1"
             )
         packed, features = self._action(action, state.rows)
+        state = self._told(state, action)
         if isinstance(frames, Tensor) and tuple(frames.shape) == (state.rows, *self.latent_shape):
             latent = frames.to(self.device, torch.float32)
         else:
             _, latent, _ = self._encode(state, frames)
-        context = self._room(state.context, self.spec.sampling, reserve=False)
+        context = self._room(state, self.spec.sampling, reserve=False)
         results = []
         for draw in range(draws):
             stream = OBSERVE if draw == 0 else SCORE
@@ -437,21 +533,23 @@ class WorldModel:
         """
         state = WorldState.load(path, self.fingerprint, self.device)
         found = state.shapes()
-        if misfits := [k for k, v in self.initial_state([0]).shapes().items() if found.get(k) != v]:
+        expected = self.initial_state([0]).shapes()
+        expected.pop("uncond_text", None)  # sessions may do without
+        if misfits := [k for k, v in expected.items() if found.get(k) != v]:
             raise CheckpointError(f"{path}: does not fit this world's configuration ({', '.join(misfits)})")
-        return state
+        return self.adopt(state)
 
     # ---- parts ----------------------------------------------------------------------------------------------------------
     def _action(self, action: Any, rows: int) -> tuple[Tensor, Tensor | None]:
         """Packed actions (B, P) and their features (B, 1, E)."""
-        if self.actions is None:
-            if action is not None:
-                raise InputError("this world takes no actions; pass action=None")
-            return torch.zeros(rows, 0, device=self.device), None
-        size = self.actions.config.packed
+        if self.actions is None and self.prompts is None and action is not None:
+            raise InputError("this world takes no actions; pass action=None")
         if action is None:
+            size = 0 if self.actions is None else self.actions.config.packed
             return torch.zeros(rows, size, device=self.device), None
         packed = torch.from_numpy(pack_actions(self.spec.action_space, action, rows)).to(self.device)
+        if self.actions is None:
+            return packed, None
         present = torch.ones(rows, dtype=torch.bool, device=self.device)
         return packed, with_rows(MATRIX_ROWS, self.actions, packed, present)[:, None]
 
@@ -478,8 +576,48 @@ class WorldModel:
         outcome = self.heads(previous, latent, packed)
         return replace(chunk, reward=outcome.reward, termination=outcome.termination)
 
-    def _room(self, context: Context, sampling: Sampling, reserve: bool = True) -> Context:
+    def _told(self, state: WorldState, action: Any, guidance: float = 0.0) -> WorldState:
+        """The sessions under the prompts of ``action``, and with a past under the empty one where guidance asks for it."""
+        captions = prompts_of(self.spec.action_space, action, state.rows)
+        if self.prompts is None:
+            return state
+        state = state if captions is None else self.prompt(state, captions)
+        if guidance == 0:
+            return state
+        return replace(state, context=with_unconditional(self.flow, self.prompts, state.context))
+
+    def _clean(self, state: WorldState) -> Tensor:
+        """The newest frame's tokens (B, 1, N, D) without noise.
+
+        Where sessions of unlike lengths have prompts they are denoised apart: the distance between the condition and a
+        frame counts, and must not depend on who shares the batch.
+        """
+        steps, text = state.steps.clamp(max=state.noisy.shape[1]), state.context.text
+        features, device = state.context.features, self.device
+
+        def denoise(rows: Tensor) -> Tensor:
+            here, counts = rows.to(device), steps[rows]
+            back = int(counts.max())
+            valid = torch.arange(back)[None] >= back - counts[:, None]
+            return self.flow.denoise(
+                state.noisy[here, -back:],
+                self.grid,
+                None if text is None else text[here],
+                None if features is None else features[here, -back:],
+                None if bool(valid.all()) else valid.to(device),
+            )[:, -1:]
+
+        if text is None:
+            return denoise(torch.arange(state.rows))
+        clean = torch.empty_like(state.noisy[:, -1:])
+        for length in sorted(set(steps.tolist())):
+            rows = torch.nonzero(steps == length)[:, 0]
+            clean[rows.to(device)] = denoise(rows)
+        return clean
+
+    def _room(self, state: WorldState, sampling: Sampling, reserve: bool = True) -> Context:
         keep = self.flow.config.context if sampling.context == "reencode" else None
+        context = state.context if self.prompts is None else continued(self.prompts, state)
         context = self.flow.deep.make_room(context, keep)
         return self.flow.deep.reserve(context) if reserve else context
 
@@ -521,7 +659,7 @@ class WorldModel:
             log_prob=log_prob,
             guided_log_prob=None if terms.guided is None else density(terms.guided),
             action_gain=torch.zeros_like(log_prob)
-            if unconditional is None or features is None
+            if unconditional is None or (features is None and context.uncond is None)
             else log_prob - unconditional,
             log_prob_map=self.flow.latents(elements, self.grid)[:, 0].sum(1),
             noise=self.flow.latents(z, self.grid)[:, 0],

@@ -67,7 +67,7 @@ def guided_update(
 ) -> Tensor:
     """``mu + sigma w`` of the guided map, from the facts page: no cache, two passes over past and guess.
 
-    Guided by the action: the other pass lacks this one but has the past's. By a prompt: no action at all.
+    The other pass lacks this action but has the past's, and where there is a prompt it has the empty one.
     """
     frames = context.frames[0]
     u = torch.cat((context.u[:, -frames:], flow.deep.to_raster(guess)[:, None]), dim=1)
@@ -75,10 +75,7 @@ def guided_update(
     without = torch.cat((context.features[:, -frames:], torch.zeros_like(action)), dim=1)
     (mu_c, sigma_c), (mu_u, sigma_u) = (
         tuple(flow.deep.to_own(a[:, -1]) for a in flow.deep.clip_parameters(u, GRID, *condition))
-        for condition in (
-            (context.text, features),
-            (context.uncond_text, without if context.uncond is None else None),
-        )
+        for condition in ((context.text, features), (context.uncond_text, without))
     )
     s = torch.minimum(sigma_c / sigma_u, torch.ones(())).square()
     d = 1 + weight - weight * s

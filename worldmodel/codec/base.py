@@ -46,6 +46,10 @@ class Codec(Protocol):
         """The state before the first frame of ``batch`` clips."""
         ...
 
+    def begun(self, state: CodecState) -> Tensor | None:
+        """(B,) bool: clips whose first latent frame has passed; None where all latent frames are alike."""
+        ...
+
     def encode(self, frames: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
         """Frames (B, F, height, width, 3) uint8 RGB to latents (B, T, C, h, w) float32, about unit variance.
 

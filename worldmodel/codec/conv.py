@@ -187,6 +187,10 @@ class ConvCodec(nn.Module):
         pixels = (difference * PIXEL_SCALE + self.background).round().clamp(0, 255)
         return rearrange(pixels, "B F c height width -> B F height width c").to(torch.uint8)
 
+    def begun(self, state: CodecState) -> Tensor | None:
+        """None: all chunks have as many frames."""
+        return None
+
     def encode(self, frames: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
         """Frames (B, F T, height, width, 3) uint8 RGB to standardised latents (B, T, C, h, w) float32.
 

@@ -247,6 +247,10 @@ class WanCodec(nn.Module):
                 state[f"{side}.{i}"] = example.new_zeros(()).expand(batch, *shape)
         return state
 
+    def begun(self, state: CodecState) -> Tensor | None:
+        """(B,) bool: clips whose first latent frame, of one picture, has passed."""
+        return state["decoder.started"]
+
     def encode(self, frames: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
         """Frames (B, F, height, width, 3) uint8 RGB to latents (B, T, C, h, w) float32.
 

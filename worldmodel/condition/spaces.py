@@ -30,7 +30,7 @@ def space_to_json(space: spaces.Space[Any]) -> dict[str, Any]:
     if isinstance(space, spaces.Dict):
         return {"kind": "Dict", "spaces": {k: space_to_json(v) for k, v in space.spaces.items()}}
     if isinstance(space, spaces.Text):
-        return {"kind": "Text", "max_length": int(space.max_length)}
+        return {"kind": "Text", "min_length": int(space.min_length), "max_length": int(space.max_length)}
     raise ConfigError(
         f"action space {space} is not supported; use Discrete, MultiDiscrete, Box, Dict or Text"
     )
@@ -60,15 +60,61 @@ def space_from_json(data: Mapping[str, Any]) -> spaces.Space[Any]:
         if kind == "Dict":
             return spaces.Dict({k: space_from_json(v) for k, v in data["spaces"].items()})
         if kind == "Text":
-            return spaces.Text(int(data["max_length"]), charset=string.printable)
+            least = int(data.get("min_length", 1))
+            return spaces.Text(int(data["max_length"]), min_length=least, charset=string.printable)
     except (AttributeError, KeyError, TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"not a description of a space: {data!r:.120} ({error})") from error
     raise ConfigError(f"unknown kind of space {kind!r}; expected Discrete, MultiDiscrete, Box, Dict or Text")
 
 
 def packed_size(space: spaces.Space[Any]) -> int:
-    """P, the number of floats of one packed action; 0 for Text, which conditions as a prompt."""
+    """P, the number of floats of one packed action; Text conditions as a prompt and has none."""
+    if isinstance(space, spaces.Dict):
+        return sum(packed_size(sub) for sub in space.spaces.values())
     return 0 if isinstance(space, spaces.Text) else int(spaces.flatdim(space))
+
+
+def prompt_key(space: spaces.Space[Any]) -> str | None:
+    """Where an action's prompt is: "" for a Text space, its key in a Dict, None where actions have no prompt.
+
+    Raises:
+        ConfigError: a Dict with several Text spaces.
+    """
+    if not isinstance(space, spaces.Dict):
+        return "" if isinstance(space, spaces.Text) else None
+    keys = [key for key, sub in space.spaces.items() if isinstance(sub, spaces.Text)]
+    if len(keys) > 1:
+        raise ConfigError(f"an action has one prompt at most, this space has Text at {', '.join(keys)}")
+    return keys[0] if keys else None
+
+
+def prompts_of(space: spaces.Space[Any], actions: Any, rows: int) -> list[str] | None:
+    """The prompts of a batch of actions, or None where the space has none, or no action is given.
+
+    Raises:
+        InputError: not ``rows`` strings, or a prompt longer than the space's.
+    """
+    key = prompt_key(space)
+    if key is None or actions is None:
+        return None
+    if key:
+        assert isinstance(space, spaces.Dict)
+        if not isinstance(actions, Mapping) or key not in actions:
+            raise InputError(f"action must be a dict with keys {sorted(space.spaces)}, got {_short(actions)}")
+        return _texts(space.spaces[key], actions[key], rows)
+    return _texts(space, actions, rows)
+
+
+def _texts(space: spaces.Space[Any], values: Any, rows: int) -> list[str]:
+    assert isinstance(space, spaces.Text)
+    given = values.tolist() if isinstance(values, np.ndarray) else values
+    if not isinstance(given, list | tuple) or not all(isinstance(text, str) for text in given):
+        raise InputError(f"action is of type {type(values).__name__}, expected {rows} prompts (strings)")
+    if len(given) != rows:
+        raise InputError(f"{len(given)} prompts for {rows} sessions, expected one for each")
+    if longest := max((len(text) for text in given if len(text) > space.max_length), default=0):
+        raise InputError(f"a prompt has {longest} characters, expected at most {space.max_length}")
+    return list(given)
 
 
 def pack_actions(space: spaces.Space[Any], actions: Any, rows: int) -> np.ndarray:
@@ -84,6 +130,8 @@ def pack_actions(space: spaces.Space[Any], actions: Any, rows: int) -> np.ndarra
             raise InputError(f"action must be a dict with keys {sorted(space.spaces)}, got {_short(actions)}")
         parts = [pack_actions(sub, actions[key], rows) for key, sub in space.spaces.items()]
         return np.concatenate(parts, axis=1)
+    if isinstance(space, spaces.Text):
+        return np.zeros((len(_texts(space, actions, rows)), 0), dtype=np.float32)
     try:
         array = np.asarray(actions)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -15,6 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from worldmodel.errors import InputError
 from worldmodel.flow.affine import Affine, affine_from_head, guide
 from worldmodel.flow.block import Block, Layer
 from worldmodel.flow.cache import Cohort, KVCache, KVShape
@@ -31,7 +32,7 @@ def repeat_rows(x: Tensor, n: int) -> Tensor:
 class Context:
     """What the deep block remembers of a batch of sequences (B rows).
 
-    cache, uncond: K/V under the condition, and under none (only where prompts are guided).
+    cache, uncond: K/V under the condition, and under the empty prompt (only where prompts are guided).
     u: (B, W, N, D) the last W = window deep-block inputs, raster order, right-aligned (older ones are zero).
     features: (B, W, E) action features of the same frames, or None. text, uncond_text: (B, L, text_dim) or None.
     grid: tokens (h, w) of a frame.
@@ -90,9 +91,18 @@ class Context:
 
     @staticmethod
     def concat(parts: Sequence[Context]) -> Context:
-        """Batches one after the other."""
+        """Batches one after the other.
+
+        Raises:
+            InputError: some have a past under the empty prompt and some have none.
+        """
         if len(parts) == 1:
             return parts[0]
+        if len({p.uncond is None for p in parts}) > 1:
+            raise InputError(
+                "some of these sessions keep a past under the empty prompt, as guidance needs, and some do not; "
+                "begin all of them in a world with guidance, or step the others with guidance once"
+            )
 
         def join(name: str) -> Tensor | None:
             values = [getattr(p, name) for p in parts]
@@ -263,7 +273,10 @@ class DeepBlock(Block):
         return torch.where(torch.tensor(fresh, device=last.device)[:, None, None], sos, last)
 
     def _unconditional(self, v: Tensor, context: Context) -> Affine:
-        """Parameters under no condition: the empty prompt's own past, or the same past without this run's action."""
+        """Parameters under no condition: past the empty prompt, if there is such a past, and without this run's action.
+
+        The past's actions stay: what is left out is what this chunk is told.
+        """
         return self._run(v, context, context.cache if context.uncond is None else context.uncond, None)
 
     def solve(
@@ -321,6 +334,8 @@ class DeepBlock(Block):
         uncond = None
         if context.uncond is not None or guidance != 0 or want_unconditional:
             uncond = self._unconditional(v, context)
+        if context.uncond is not None and features is not None:
+            self._run(v, context, context.uncond, features)  # writes the K/V of a past that has this action
         model = self._run(v, context, context.cache, features)
         guided = guide(model, uncond, guidance) if uncond is not None and guidance != 0 else None
 
@@ -360,15 +375,16 @@ class DeepBlock(Block):
             return self._roll(context)
         keep = min(keep, context.window - 1)
         if all(full):
-            return self._reencode(context, keep)
+            return self.reencode(context, keep)
         parts, row = [], 0
         for cohort, is_full in zip(context.cache.cohorts, full, strict=True):
             part = context.select(range(row, row + cohort.rows))
-            parts.append(self._reencode(part, keep) if is_full else part)
+            parts.append(self.reencode(part, keep) if is_full else part)
             row += cohort.rows
         return Context.concat(parts)
 
-    def _reencode(self, context: Context, keep: int) -> Context:
+    def reencode(self, context: Context, keep: int) -> Context:
+        """The context of the last ``keep`` u (every row has as many) under its condition as it is, positions from 0."""
         history = context.features
         fresh = self.start(
             len(context.u),
