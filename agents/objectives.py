@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agents.actions import Actions, take
 from worldmodel import Chunk, InputError, WorldModel, WorldState
 
 
@@ -21,7 +22,7 @@ from worldmodel import Chunk, InputError, WorldModel, WorldState
 class Moment:
     """Chunk ``step`` (from 0) of N imagined branches, as objectives see it.
 
-    before, after: the N sessions around the chunk. actions: (N, ...), what caused it. survival: (N,) float64, the
+    before, after: the N sessions around the chunk. actions: (N, ...), or a dict of such, what caused it. survival: (N,) float64, the
     probability that no chunk before it ended the episode.
     """
 
@@ -29,7 +30,7 @@ class Moment:
     before: WorldState
     after: WorldState
     chunk: Chunk
-    actions: np.ndarray
+    actions: Actions
     survival: Tensor
     step: int
     horizon: int
@@ -96,7 +97,7 @@ def _checked(value: Any, name: str, moment: Moment) -> Tensor:
         row = int(bad[0])
         raise InputError(
             f"{name} returned {float(values[row])} at step {moment.step} of {moment.horizon} (branch {row}, action "
-            f"{' '.join(str(moment.actions[row]).split())}); return finite numbers"
+            f"{' '.join(str(take(moment.actions, row)).split())}); return finite numbers"
         )
     return values
 
