@@ -17,14 +17,14 @@ from agents.mpc import MPCAgent
 from agents.objectives import PredictedReward
 from agents.planners import Planner, imagine
 from agents.search import search_actions
-from agents.trial import Numbers, Progress, TrialConfig, camera, mean_of, real_env, resampled
+from agents.trial import Numbers, Progress, TrialConfig, camera, mean_of, real_env, resampled, walk
 from envs import ChunkedEnv
 from worldmodel import WorldModel
 
 CANDIDATES = 20
 """Sequences of a start whose returns are compared; best of 5 is asked of each five."""
 LONGEST_PREFIX = 20
-"""Chunks of random behaviour before the candidates, at most."""
+"""Chunks of behaviour before the candidates, at most."""
 CHUNKS_WITHOUT_LIMIT = 50
 
 Act = Callable[[ChunkedEnv, np.ndarray], Any]
@@ -191,7 +191,7 @@ def evaluate_planning(world: WorldModel, config: TrialConfig, progress: Progress
 def evaluate_fidelity(world: WorldModel, config: TrialConfig, progress: Progress) -> Numbers:
     """Returns of candidate sequences of one planning horizon, imagined in the world and executed in reality.
 
-    From every held-out start some chunks of random behaviour lead to a state; reality is replayed from the start for
+    From every held-out start some chunks of the behaviour that the world was learned from lead to a state; reality is replayed from the start for
     each candidate, so any deterministic simulator will do. "r": Pearson's over all candidates; "r_within": its mean
     over starts, each start's own candidates; "best_of_5": how often the world's favourite of five is reality's.
     """
@@ -201,24 +201,15 @@ def evaluate_fidelity(world: WorldModel, config: TrialConfig, progress: Progress
     plain = gymnasium.make(made.env, disable_env_checker=True, **made.env_kwargs)
 
     def one(seed: int) -> Numbers:
-        rng = np.random.default_rng(seed)
-        space = env.action_space
+        space, rng = env.action_space, np.random.default_rng(seed)
+        walked = walk(env, made, seed, int(rng.integers(2, LONGEST_PREFIX + 2)))
+        state = walked.before_last(world)
         space.seed(seed)
-        held, prefix = space.sample(), []
-        frames, _ = env.reset(seed=seed)
-        state, _ = world.observe(world.initial_state([seed]), frames[None])
-        for _ in range(int(rng.integers(1, LONGEST_PREFIX + 1))):
-            held = space.sample() if rng.random() < 0.5 else held
-            frames, _, terminated, truncated, _ = env.step(held)
-            if terminated or truncated:
-                break
-            prefix.append(held)
-            state, _ = world.observe(state, frames[None], np.asarray(held)[None])
         candidates = np.array(
             [[space.sample() for _ in range(horizon)] for _ in range(CANDIDATES)], dtype=space.dtype
         )
         imagined = imagine(world, state, candidates, PredictedReward())
-        real = [executed(plain, seed, prefix, list(c), made.frame_skip) for c in candidates]
+        real = [executed(plain, seed, walked.actions[:-1], list(c), made.frame_skip) for c in candidates]
         return {"imagined": imagined.returns.tolist(), "real": real}
 
     parts = progress.each("decision fidelity", config.seeds, one, unit="start")
@@ -286,3 +277,11 @@ def plot_fidelity(axes: Any, numbers: Numbers) -> None:
         xlabel="in reality",
         ylabel="in the world",
     )
+
+
+def plot_returns(axes: Any, numbers: Numbers) -> None:
+    """A policy's returns, by start."""
+    mean = numbers["mean_return"]["value"]
+    axes.hist(numbers["returns"], bins=10)
+    axes.axvline(mean, color="k")
+    axes.set(title=f"learned in imagination: mean real return {mean:.0f}", xlabel="return", ylabel="starts")

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from agents.actions import batch_of_one
 from envs import ChunkedEnv
-from worldmodel import InputError, WorldModel
+from worldmodel import InputError, WorldModel, WorldState
 from worldmodel.errors import CheckpointError
 from worldmodel.files import config_from_dict, read_json, write_json
 from worldmodel.training.collect import CollectConfig
 from worldmodel.training.evaluate import HELD_OUT_SEED
 from worldmodel.training.measure import EvaluateConfig, interval
+from worldmodel.training.policies import make_policy
 
 Numbers = dict[str, Any]
 """Nested JSON; what was resampled is {"value", "low", "high", "n"}, a 95 % bootstrap interval over starts."""
@@ -107,6 +109,60 @@ def real_env(world: WorldModel) -> ChunkedEnv:
     """The real environment that the world was learned from, chunked and filmed as then."""
     made = camera(world)
     return ChunkedEnv(made.env, made.frame_skip, made.frame_size, made.hide, **made.env_kwargs)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """T real chunks from a seed, under one of the behaviours that the world was learned from.
+
+    first: (F, height, width, 3) uint8, what reset showed. frames: (T, F, height, width, 3). actions: T of them.
+    observations: (T, ...) the simulator's own after each chunk. terminated: the last chunk ended the episode.
+    """
+
+    seed: int
+    first: np.ndarray
+    frames: np.ndarray
+    actions: list[Any]
+    observations: np.ndarray
+    terminated: bool
+
+    def before_last(self, world: WorldModel) -> WorldState:
+        """The session that has observed everything but the last chunk."""
+        state, _ = world.observe(world.initial_state([self.seed]), self.first[None])
+        for frames, action in zip(self.frames[:-1], self.actions[:-1], strict=True):
+            state, _ = world.observe(state, frames[None], batch_of_one(action))
+        return state
+
+
+def walk(env: ChunkedEnv, made: CollectConfig, seed: int, chunks: int) -> Walk:
+    """At most so many chunks of a real episode; a function of its arguments."""
+    rng = np.random.default_rng(seed)
+    shares = np.array([policy.share for policy in made.policies])
+    name = made.policies[int(rng.choice(len(shares), p=shares / shares.sum()))].name
+    policy = make_policy(name, env.action_space, rng)
+    first, _ = env.reset(seed=seed)
+    frames, actions, seen, terminated = [], [], [], False
+    for _ in range(chunks):
+        action = policy(env)
+        chunk, _, terminated, truncated, info = env.step(action)
+        frames.append(chunk)
+        actions.append(action)
+        seen.append(np.asarray(info["observation"]))
+        if terminated or truncated:
+            break
+    return Walk(seed, first, np.stack(frames), actions, np.stack(seen), terminated)
+
+
+def replay(env: ChunkedEnv, walked: Walk, action: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The chunk (F, height, width, 3) that another action in place of the last would really have caused, and the
+    simulator's observation after it. The simulator is played again from its seed, so it must be deterministic.
+    """
+    env.env.reset(seed=walked.seed)
+    for taken in walked.actions[:-1]:
+        for _ in range(env.camera.frame_skip):
+            env.env.step(taken)
+    frames, _, _, _, info = env.step(action)
+    return frames, np.asarray(info["observation"])
 
 
 def mean_of(values: Any, config: TrialConfig) -> dict[str, float | int]:
