@@ -134,9 +134,7 @@ def evaluate_agents(
     for name in only or [n for n, section in SECTIONS.items() if environment not in section.without]:
         section = SECTIONS[name]
         dials = {dial: getattr(config, dial) for dial in (*section.dials, "bootstrap")}
-        progress = Progress(
-            folder / "sections" / f"{name}.json", {"fingerprint": world.fingerprint, **dials}
-        )
+        progress = Progress(folder / "sections" / f"{name}.json", {"fingerprint": world.fingerprint, **dials})
         if progress.kept["numbers"] is None:
             measured = section.run(world, config, progress)
             progress.finish(finite({**measured, "git_revision": revision}))
@@ -156,7 +154,9 @@ def plot_page(numbers: Numbers, path: Path) -> None:
     plt = pyplot()
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 4 * rows), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(5 * columns, 4 * rows), layout="constrained", squeeze=False
+    )
     for axis in axes.ravel()[len(shown) :]:
         axis.set_axis_off()
     for name, axis in zip(shown, axes.ravel(), strict=False):

@@ -14,7 +14,18 @@ from gymnasium import spaces
 from agents.action_inference import infer_action
 from agents.actions import batch_of_one
 from agents.counterfactual import counterfactual
-from agents.trial import Numbers, Progress, TrialConfig, auroc, camera, mean_of, real_env, replay, resampled, walk
+from agents.trial import (
+    Numbers,
+    Progress,
+    TrialConfig,
+    auroc,
+    camera,
+    mean_of,
+    real_env,
+    replay,
+    resampled,
+    walk,
+)
 from worldmodel import Chunk, WorldModel, WorldState
 from worldmodel.training.probes import PROBES, wrap
 
@@ -126,7 +137,9 @@ def evaluate_counterfactuals(world: WorldModel, config: TrialConfig, progress: P
         "unit": "pixels" if probe is None else "degrees",
         **{name: mean_of(values, config) for name, values in errors.items()},
         "ratio_to_one_step": resampled(lambda r: float(top[r].mean() / base[r].mean()), len(top), config),
-        "ratio_to_fresh": resampled(lambda r: float(top[r].mean() / fresh_errors[r].mean()), len(top), config),
+        "ratio_to_fresh": resampled(
+            lambda r: float(top[r].mean() / fresh_errors[r].mean()), len(top), config
+        ),
         "errors": {name: values.tolist() for name, values in errors.items()},
     }
 
@@ -160,8 +173,12 @@ def evaluate_termination(world: WorldModel, config: TrialConfig, progress: Progr
 
     parts = progress.each("termination", config.seeds, one)
     env.close()
-    ends = [np.arange(len(p["imagined"])) == len(p["imagined"]) - 1 if p["terminated"] else None for p in parts]
-    flags = [np.zeros(len(p["imagined"]), dtype=bool) if e is None else e for p, e in zip(parts, ends, strict=True)]
+    ends = [
+        np.arange(len(p["imagined"])) == len(p["imagined"]) - 1 if p["terminated"] else None for p in parts
+    ]
+    flags = [
+        np.zeros(len(p["imagined"]), dtype=bool) if e is None else e for p, e in zip(parts, ends, strict=True)
+    ]
     numbers: Numbers = {"episodes": len(parts), "terminated": sum(p["terminated"] for p in parts)}
     for name, key in (("auroc", "imagined"), ("auroc_observed", "observed")):
         scores = [np.array(p[key]) for p in parts]
@@ -178,8 +195,8 @@ def evaluate_termination(world: WorldModel, config: TrialConfig, progress: Progr
 def plot_inference(axes: Any, numbers: Numbers) -> None:
     """Inferred against true actions."""
     axes.scatter(np.ravel(numbers["true"]), np.ravel(numbers["guess"]), s=10, alpha=0.6)
-    coverage = numbers["coverage"]["value"]
-    axes.set(title=f"action inference, {numbers['level']:.0%} sets cover {coverage:.2f}", xlabel="true action", ylabel="inferred")
+    title = f"action inference, {numbers['level']:.0%} sets cover {numbers['coverage']['value']:.2f}"
+    axes.set(title=title, xlabel="true action", ylabel="inferred")
 
 
 def plot_counterfactuals(axes: Any, numbers: Numbers) -> None:
@@ -194,6 +211,8 @@ def plot_termination(axes: Any, numbers: Numbers) -> None:
     """AUROC, imagined and observed."""
     for place, name in enumerate(("auroc", "auroc_observed")):
         mean = numbers[name]
-        axes.errorbar(place, mean["value"], [[mean["value"] - mean["low"]], [mean["high"] - mean["value"]]], fmt="o")
+        axes.errorbar(
+            place, mean["value"], [[mean["value"] - mean["low"]], [mean["high"] - mean["value"]]], fmt="o"
+        )
     axes.set_xticks([0, 1], ["imagined", "observed"])
     axes.set(title="termination, AUROC", ylim=(0.4, 1.02))

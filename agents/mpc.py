@@ -60,7 +60,9 @@ class MPCAgent:
         """
         if frames is not None:
             if self._action is None:
-                raise InputError("no action has caused these frames; call act() first, or observe(frames, action)")
+                raise InputError(
+                    "no action has caused these frames; call act() first, or observe(frames, action)"
+                )
             self.observe(frames, self._action)
         plan = self.planner.plan(self.world, self._session(), self.objective, self._draw(), self._warm)
         self.last_plan, self._action = plan, take(plan.actions, 0)

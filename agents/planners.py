@@ -29,8 +29,8 @@ FUTURES = 4
 class Futures:
     """K imagined futures, best first.
 
-    actions: (K, H, ...), in a Dict space a dict of such. returns: (K,) float64. frames: (K, H, F, height, width, 3) uint8. reward, log_prob: (K, H),
-    the reward and the nats of every chunk.
+    actions: (K, H, ...), in a Dict space a dict of such. returns: (K,) float64. frames: (K, H, F, height, width, 3)
+    uint8. reward, log_prob: (K, H), the reward and the nats of every chunk.
     """
 
     actions: Actions
@@ -138,11 +138,13 @@ class Planner:
         objective: Objective | Callable[[Moment], Any] | None = None,
         seed: int = 0,
         warm: tuple[Belief, np.ndarray] | None = None,
+        proposals: Actions | None = None,
         clock: Clock = time.perf_counter,
     ) -> Plan:
         """Search for the actions of the next H chunks of one session; the same seed gives the same plan.
 
         ``objective`` is `PredictedReward` by default; ``warm`` is what the plan of the chunk before left (`Plan.warm`).
+        ``proposals`` (n, H, ...): sequences that are among the first candidates, as `propose_actions` makes them.
 
         Raises:
             InputError: an action space that cannot be searched, more branches than fit into memory, or an objective
@@ -153,6 +155,13 @@ class Planner:
         belief, tried = warm or (first_belief(world.spec.action_space, search), None)
         if len(belief.centre) != search.horizon:
             raise InputError(f"the warm start has {len(belief.centre)} chunks, expected {search.horizon}")
+        if proposals is not None:
+            if leading(proposals)[1] != search.horizon:
+                raise InputError(
+                    f"the proposals have {leading(proposals)[1]} chunks, expected {search.horizon}"
+                )
+            proposed = belief.coordinates(proposals)
+            tried = proposed if tried is None else np.concatenate((tried, proposed))
         goal = as_objective(PredictedReward() if objective is None else objective)
         kept: Futures | None = None
 

@@ -191,9 +191,10 @@ def evaluate_planning(world: WorldModel, config: TrialConfig, progress: Progress
 def evaluate_fidelity(world: WorldModel, config: TrialConfig, progress: Progress) -> Numbers:
     """Returns of candidate sequences of one planning horizon, imagined in the world and executed in reality.
 
-    From every held-out start some chunks of the behaviour that the world was learned from lead to a state; reality is replayed from the start for
-    each candidate, so any deterministic simulator will do. "r": Pearson's over all candidates; "r_within": its mean
-    over starts, each start's own candidates; "best_of_5": how often the world's favourite of five is reality's.
+    From every held-out start some chunks of the behaviour that the world was learned from lead to a state; reality is
+    replayed from the start for each candidate, so any deterministic simulator will do. "r": Pearson's over all
+    candidates; "r_within": its mean over starts, each start's own candidates; "best_of_5": how often the world's
+    favourite of five is reality's.
     """
     horizon = Planner.preset(config.preset).search.horizon
     env = real_env(world)

@@ -167,9 +167,7 @@ def replay(env: ChunkedEnv, walked: Walk, action: Any) -> tuple[np.ndarray, np.n
 
 def mean_of(values: Any, config: TrialConfig) -> dict[str, float | int]:
     """The mean with its 95 % bootstrap interval over the values."""
-    return interval(
-        np.asarray(values, dtype=np.float64), np.mean, EvaluateConfig(bootstrap=config.bootstrap)
-    )
+    return interval(np.asarray(values, dtype=np.float64), np.mean, EvaluateConfig(bootstrap=config.bootstrap))
 
 
 def resampled(

@@ -271,7 +271,8 @@ def evaluate_agents(
     starts: Annotated[int, typer.Option(help="Held-out starts of an episode.")] = 20,
     clips: Annotated[int, typer.Option(help="Held-out clips for inference and counterfactuals.")] = 100,
     chunks: Annotated[
-        int | None, typer.Option(help="At most so many chunks of an episode; default: the environment's limit.")
+        int | None,
+        typer.Option(help="At most so many chunks of an episode; default: the environment's limit."),
     ] = None,
     preset: Annotated[str, typer.Option(help="Of the planner: fast, quality or paper.")] = "fast",
     policy_chunks: Annotated[int, typer.Option(help="Imagined chunks that PPO learns from.")] = 60_000,

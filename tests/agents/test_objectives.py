@@ -119,7 +119,7 @@ def test_a_terminal_value_is_asked_once(world: WorldModel) -> None:
         asked.append(moment.step)
         return np.full(N, 7.0)
 
-    np.testing.assert_array_equal(returns(world, Custom(value, only_last=True)), 7.0)
+    np.testing.assert_array_equal(returns(world, Custom(value)), 7.0 * H)
     assert asked == [H - 1]
 
 
