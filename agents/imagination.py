@@ -9,6 +9,8 @@ Axis letters: B slots, F pixel frames of a chunk, C latent channels; h, w latent
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,15 +151,16 @@ class ImaginedVecEnv(VecEnv):
 class _Watch(BaseCallback):
     """A bar, and the policy on disk between updates."""
 
-    def __init__(self, total: int, save: Callable[[int], None]) -> None:
+    def __init__(self, total: int, save: Callable[[int], None], minutes: float | None) -> None:
         super().__init__()
+        self.deadline = math.inf if minutes is None else time.monotonic() + 60.0 * minutes
         self.bar = tqdm(total=total, desc="PPO in imagination", unit="chunk")
         self.save_policy = save
         self.rewards: list[float] = []
 
     def _on_step(self) -> bool:
         self.rewards += [info["reward"] for info in self.locals["infos"]]
-        return True
+        return time.monotonic() < self.deadline
 
     def _on_rollout_end(self) -> None:
         self.bar.update(self.num_timesteps - self.bar.n)
@@ -172,8 +175,10 @@ class _Watch(BaseCallback):
         self.bar.close()
 
 
-def train_policy(world: WorldModel, chunks: int, path: Path, seed: int = 0) -> ActorCriticPolicy:
-    """Learn from so many imagined chunks, and keep the policy in ``path`` (safetensors) after every update.
+def train_policy(
+    world: WorldModel, chunks: int, path: Path, seed: int = 0, minutes: float | None = None
+) -> ActorCriticPolicy:
+    """Learn from so many imagined chunks, or for so long; the policy is kept in ``path`` (safetensors) at every update.
 
     A policy of this world that is there already is trained on, Adam's moments apart, until it has seen ``chunks``.
     """
@@ -190,7 +195,7 @@ def train_policy(world: WorldModel, chunks: int, path: Path, seed: int = 0) -> A
         save_tensors(path, algorithm.policy.state_dict(), {"policy": json.dumps(metadata)})
 
     if done < chunks:
-        algorithm.learn(chunks - done, callback=_Watch(chunks - done, save))
+        algorithm.learn(chunks - done, callback=_Watch(chunks - done, save, minutes))
     env.close()
     return algorithm.policy
 
