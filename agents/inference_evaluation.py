@@ -14,6 +14,7 @@ from gymnasium import spaces
 from agents.action_inference import infer_action
 from agents.actions import batch_of_one
 from agents.counterfactual import counterfactual
+from agents.planning_evaluation import episode_chunks
 from agents.trial import (
     Numbers,
     Progress,
@@ -36,8 +37,6 @@ DRAWS = 1
 LEVEL = 0.9
 FRESH = 4
 """Fresh samples of a chunk whose errors are averaged."""
-MOST_CHUNKS = 250
-"""Of an episode whose termination is predicted."""
 
 
 def clip_length(seed: int) -> int:
@@ -132,14 +131,15 @@ def evaluate_counterfactuals(world: WorldModel, config: TrialConfig, progress: P
     parts = progress.each("counterfactuals", clip_seeds(config), one, unit="clip")
     env.close()
     errors = {name: np.array([p[name] for p in parts]) for name in parts[0]}
-    top, fresh_errors, base = errors["counterfactual"], errors["fresh"], errors["one_step"]
+
+    def ratio(name: str) -> dict[str, float | int]:
+        top, base = errors["counterfactual"], errors[name]
+        return resampled(lambda rows: float(top[rows].mean() / base[rows].mean()), len(top), config)
+
     return {
         "unit": "pixels" if probe is None else "degrees",
         **{name: mean_of(values, config) for name, values in errors.items()},
-        "ratio_to_one_step": resampled(lambda r: float(top[r].mean() / base[r].mean()), len(top), config),
-        "ratio_to_fresh": resampled(
-            lambda r: float(top[r].mean() / fresh_errors[r].mean()), len(top), config
-        ),
+        **{f"ratio_to_{name}": ratio(name) for name in ("one_step", "fresh", "fresh_at_temperature_1")},
         "errors": {name: values.tolist() for name, values in errors.items()},
     }
 
@@ -159,9 +159,10 @@ def evaluate_termination(world: WorldModel, config: TrialConfig, progress: Progr
     "auroc": of imagined chunks, before the real one is seen; "auroc_observed": of the real ones.
     """
     env, made = real_env(world), camera(world)
+    chunks = episode_chunks(env, config)
 
     def one(seed: int) -> Numbers:
-        walked = walk(env, made, seed, MOST_CHUNKS)
+        walked = walk(env, made, seed, chunks)
         state, _ = world.observe(world.initial_state([seed]), walked.first[None])
         imagined, observed = [], []
         for frames, action in zip(walked.frames, walked.actions, strict=True):
@@ -173,12 +174,8 @@ def evaluate_termination(world: WorldModel, config: TrialConfig, progress: Progr
 
     parts = progress.each("termination", config.seeds, one)
     env.close()
-    ends = [
-        np.arange(len(p["imagined"])) == len(p["imagined"]) - 1 if p["terminated"] else None for p in parts
-    ]
-    flags = [
-        np.zeros(len(p["imagined"]), dtype=bool) if e is None else e for p, e in zip(parts, ends, strict=True)
-    ]
+    flags = [np.arange(len(p["imagined"])) == len(p["imagined"]) - 1 for p in parts]
+    flags = [flag & p["terminated"] for flag, p in zip(flags, parts, strict=True)]
     numbers: Numbers = {"episodes": len(parts), "terminated": sum(p["terminated"] for p in parts)}
     for name, key in (("auroc", "imagined"), ("auroc_observed", "observed")):
         scores = [np.array(p[key]) for p in parts]
@@ -208,11 +205,11 @@ def plot_counterfactuals(axes: Any, numbers: Numbers) -> None:
 
 
 def plot_termination(axes: Any, numbers: Numbers) -> None:
-    """AUROC, imagined and observed."""
+    """AUROC, imagined and observed; nothing where no episode terminated."""
     for place, name in enumerate(("auroc", "auroc_observed")):
         mean = numbers[name]
-        axes.errorbar(
-            place, mean["value"], [[mean["value"] - mean["low"]], [mean["high"] - mean["value"]]], fmt="o"
-        )
+        if mean["value"] is not None:
+            axes.plot([place, place], [mean["low"], mean["high"]], color="k")
+            axes.plot(place, mean["value"], "o")
     axes.set_xticks([0, 1], ["imagined", "observed"])
-    axes.set(title="termination, AUROC", ylim=(0.4, 1.02))
+    axes.set(title=f"termination, {numbers['terminated']} of {numbers['episodes']} episodes", ylabel="AUROC")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +177,8 @@ def resampled(
     """A statistic of rows (by index) with its 95 % bootstrap interval; resamples where it is NaN are left out."""
     rng = np.random.default_rng(0)
     values = [statistic(rng.integers(rows, size=rows)) for _ in range(config.bootstrap)]
-    low, high = np.nanpercentile(values, [2.5, 97.5])
+    finite = [value for value in values if not math.isnan(value)]
+    low, high = np.percentile(finite, [2.5, 97.5]) if finite else (math.nan, math.nan)
     return {"value": statistic(np.arange(rows)), "low": float(low), "high": float(high), "n": rows}
 
 

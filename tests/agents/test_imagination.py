@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from worldmodel.files import load_tensors
 def test_slots_are_the_vector_environments(world: WorldModel) -> None:
     """Latents standardised, rewards scaled, the last latent of an episode kept for the critic."""
     env = ImaginedVecEnv(world, slots=3, horizon=2, seed=7)
+    env.batch.options = replace(env.batch.options, termination_threshold=2.0)  # a toy ends at random
     checked = VecCheckNan(env, raise_exception=True)
     seen = checked.reset()
     assert env.observation_space.contains(seen[0])
