@@ -43,11 +43,12 @@ PPO_DIALS: dict[str, Any] = {
     "n_steps": 16,
     "batch_size": 128,
     "n_epochs": 15,
-    "learning_rate": 1e-3,
     "gamma": 0.9,
     "gae_lambda": 0.9,
 }
 """A chunk is several frames, so gamma 0.9 looks ten chunks ahead."""
+LEARNING_RATE = 1e-3
+"""At the beginning; it falls linearly to a twentieth."""
 
 
 class Observer:
@@ -182,11 +183,17 @@ def train_policy(
 
     A policy of this world that is there already is trained on, Adam's moments apart, until it has seen ``chunks``.
     """
-    env = ImaginedVecEnv(world, seed=seed)
+    env, done = ImaginedVecEnv(world, seed=seed), chunks_learned(world, path)
+    left = max(0.0, 1.0 - done / chunks)
     algorithm = PPO(
-        "MlpPolicy", env, seed=seed, device="cpu", policy_kwargs={"net_arch": WIDTHS}, **PPO_DIALS
+        "MlpPolicy",
+        env,
+        learning_rate=lambda remaining: LEARNING_RATE * max(left * remaining, 0.05),
+        seed=seed,
+        device="cpu",
+        policy_kwargs={"net_arch": WIDTHS},
+        **PPO_DIALS,
     )
-    done = chunks_learned(world, path)
     if done:
         algorithm.policy.load_state_dict(load_tensors(path))
 
