@@ -10,15 +10,18 @@ from agents.monitored_env import MonitoredEnv
 from agents.mpc import MPCAgent
 from agents.objectives import (
     Custom,
+    GoalLikelihood,
     LatentDistance,
     Moment,
     Objective,
     PredictedReward,
     SurprisePenalty,
+    TerminalValue,
     TerminationPenalty,
 )
 from agents.planners import Futures, Plan, Planner, imagine
 from agents.presets import PRESETS, Search, preset
+from agents.proposals import propose_actions
 
 __all__ = [
     "PRESETS",
@@ -29,6 +32,7 @@ __all__ = [
     "Counterfactual",
     "Custom",
     "Futures",
+    "GoalLikelihood",
     "LatentDistance",
     "MPCAgent",
     "Moment",
@@ -40,6 +44,7 @@ __all__ = [
     "PredictedReward",
     "Search",
     "SurprisePenalty",
+    "TerminalValue",
     "TerminationPenalty",
     "counterfactual",
     "draw_plan",
@@ -48,4 +53,5 @@ __all__ = [
     "infer_action",
     "label_video",
     "preset",
+    "propose_actions",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,17 @@ class ActionPosterior:
         off = np.abs(self.actions.reshape(len(self.actions), -1) - value)
         reach = 0.0 if self.widths is None else self.widths / 2
         return bool(self.credible_set(level)[np.argmin((off - reach).max(-1))])
+
+    def tempered(self, temperature: float) -> ActionPosterior:
+        """The posterior with likelihoods raised to 1 / temperature, under a uniform prior: wider above 1.
+
+        Raises:
+            InputError: a temperature that is not above 0.
+        """
+        if not temperature > 0:
+            raise InputError(f"temperature is {temperature}, expected a number above 0")
+        p = _normalised(self.log_likelihood / temperature, self.actions, self.volume, None)
+        return replace(self, probabilities=p)
 
     def sample(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """(n, ...) actions; within a Box's cell, uniformly."""

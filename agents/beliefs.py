@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from agents.actions import Actions
 from agents.presets import Search
 from worldmodel import InputError
 
@@ -75,6 +76,14 @@ class Gaussian:
             values = np.rint(values)
         return values.reshape(*x.shape[:-1], *self.space.shape).astype(self.space.dtype)
 
+    def coordinates(self, actions: Actions) -> np.ndarray:
+        """The inverse of `actions`: (..., H, *shape) to x (..., H, A)."""
+        low, high = (np.asarray(b, np.float64).reshape(-1) for b in (self.space.low, self.space.high))
+        flat = np.asarray(actions, np.float64).reshape(
+            *np.shape(actions)[: np.ndim(actions) - len(self.space.shape)], -1
+        )
+        return 2.0 * (flat - low) / np.where(high > low, high - low, 1.0) - 1.0
+
 
 UNIFORM_SHARE = 0.05
 """What a fitted categorical keeps of the uniform one, so that no action dies out; a shifted one keeps half."""
@@ -125,8 +134,57 @@ class Categorical:
             return (x[..., 0] + int(self.space.start)).astype(self.space.dtype)
         return (x.reshape(*x.shape[:-1], *self.space.shape) + self.space.start).astype(self.space.dtype)
 
+    def coordinates(self, actions: Actions) -> np.ndarray:
+        """The inverse of `actions`: (..., H, *shape) to choices x (..., H, A) from 0."""
+        chosen = np.asarray(actions, np.int64) - self.space.start
+        own = len(self.space.shape or ())
+        return chosen.reshape(*chosen.shape[: chosen.ndim - own], -1)
 
-Belief = Gaussian | Categorical
+
+@dataclass(frozen=True)
+class Joint:
+    """Beliefs of a Dict space's parts, side by side: their numbers are joined along the last axis of x."""
+
+    parts: dict[str, Belief]
+
+    def _columns(self, x: np.ndarray) -> dict[str, np.ndarray]:
+        """x (..., A), cut into the parts' own, choices as integers again."""
+        edges = np.cumsum([part.centre.shape[-1] for part in self.parts.values()])[:-1]
+        pieces = np.split(x, edges, axis=-1)
+        return {
+            key: np.rint(piece).astype(np.int64) if isinstance(part, Categorical) else piece
+            for (key, part), piece in zip(self.parts.items(), pieces, strict=True)
+        }
+
+    def sample(self, rng: np.random.Generator, n: int, search: Search) -> np.ndarray:
+        """(n, H, A) float64, the centres first."""
+        return np.concatenate([part.sample(rng, n, search) for part in self.parts.values()], axis=-1)
+
+    def fit(self, x: np.ndarray, weights: np.ndarray, search: Search) -> Joint:
+        """Each part fitted to its own numbers."""
+        columns = self._columns(x)
+        return Joint({k: part.fit(columns[k], weights, search) for k, part in self.parts.items()})
+
+    def shift(self, search: Search) -> Joint:
+        """Each part one chunk later."""
+        return Joint({k: part.shift(search) for k, part in self.parts.items()})
+
+    @property
+    def centre(self) -> np.ndarray:
+        """(H, A): the parts' centres."""
+        return np.concatenate([part.centre for part in self.parts.values()], axis=-1)
+
+    def actions(self, x: np.ndarray) -> Actions:
+        """x (..., H, A) to a dict of actions."""
+        columns = self._columns(x)
+        return {k: part.actions(columns[k]) for k, part in self.parts.items()}
+
+    def coordinates(self, actions: Actions) -> np.ndarray:
+        """The inverse of `actions`."""
+        return np.concatenate([part.coordinates(actions[k]) for k, part in self.parts.items()], axis=-1)
+
+
+Belief = Gaussian | Categorical | Joint
 
 
 def shift_rows(x: np.ndarray) -> np.ndarray:
@@ -138,8 +196,10 @@ def first_belief(space: spaces.Space[Any], search: Search) -> Belief:
     """What is believed before anything was tried.
 
     Raises:
-        InputError: not a bounded Box, Discrete or MultiDiscrete space.
+        InputError: not a bounded Box, Discrete or MultiDiscrete space, or a Dict of such.
     """
+    if isinstance(space, spaces.Dict) and space.spaces:
+        return Joint({key: first_belief(part, search) for key, part in space.spaces.items()})
     if isinstance(space, spaces.Box) and np.isfinite(space.low).all() and np.isfinite(space.high).all():
         shape = (search.horizon, math.prod(space.shape))
         return Gaussian(space, np.zeros(shape), np.full(shape, search.initial_std))
@@ -148,7 +208,9 @@ def first_belief(space: spaces.Space[Any], search: Search) -> Belief:
     elif isinstance(space, spaces.MultiDiscrete):
         sizes = np.asarray(space.nvec).reshape(-1)
     else:
-        raise InputError(f"cannot search {space}; expected Discrete, MultiDiscrete or a bounded Box")
+        raise InputError(
+            f"cannot search {space}; expected Discrete, MultiDiscrete, a bounded Box, or a Dict of such"
+        )
     allowed = np.arange(sizes.max()) < sizes[:, None]
     uniform = allowed / allowed.sum(-1, keepdims=True)
     return Categorical(space, np.repeat(uniform[None], search.horizon, axis=0), allowed)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from agents.actions import take
 from worldmodel import InputError, WorldModel, WorldState
 
 
@@ -72,9 +73,11 @@ def counterfactual(
     both = WorldState.concat([state, state])
     noises, nats, replayed = [], [], []
     for t in tqdm(range(pixels.shape[1]), desc="counterfactual", unit="chunk", leave=False):
-        state, real = world.observe(state, pixels[:, t], _chunk(actions, t))
+        state, real = world.observe(state, pixels[:, t], take(actions, t, axis=1))
         noise = torch.cat((real.noise, real.noise))
-        both, chunk = world.step(both, _pair(_chunk(actions, t), _chunk(otherwise, t)), noise=noise)
+        both, chunk = world.step(
+            both, _pair(take(actions, t, axis=1), take(otherwise, t, axis=1)), noise=noise
+        )
         noises.append(real.noise.cpu().numpy())
         nats.append(real.log_prob.numpy())
         replayed.append(chunk)
@@ -101,14 +104,6 @@ def _check_length(actions: Any, expected: tuple[int, ...], name: str) -> None:
             raise InputError(
                 f"{name} have shape {np.shape(part)}, expected {tuple(expected)} first, as the frames"
             )
-
-
-def _chunk(actions: Any, t: int) -> Any:
-    return (
-        {k: _chunk(v, t) for k, v in actions.items()}
-        if isinstance(actions, Mapping)
-        else np.asarray(actions)[:, t]
-    )
 
 
 def _pair(first: Any, second: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from agents.actions import take
 from agents.planners import Plan
 
 MARGIN, LINE = 4, 16
@@ -35,7 +36,7 @@ def _strip(head: str, plan: Plan, row: int, scale: int) -> np.ndarray:
     for chunk, frames in enumerate(futures.frames[row]):
         picture = np.repeat(np.repeat(frames[-1], scale, axis=0), scale, axis=1)
         with np.printoptions(precision=1, suppress=True, floatmode="fixed"):
-            action = " ".join(str(np.asarray(futures.actions[row, chunk])).split())
+            action = " ".join(str(take(take(futures.actions, row), chunk)).split())
         under = _label(f"{action} {futures.reward[row, chunk]:.1f}", picture.shape[1])
         cells.append(
             np.pad(np.concatenate((picture, under)), ((0, 0), (0, MARGIN), (0, 0)), constant_values=WHITE)

@@ -10,16 +10,21 @@ import torch
 from worldmodel import InputError, WorldModel
 
 FLOAT = 4
+SCRATCH = 4
+"""Floats that the codec needs for every number of the pictures it decodes (measured on the shipped world)."""
 
 
 def branch_bytes(world: WorldModel, horizon: int) -> int:
-    """About what one branch of a plan holds at its peak: K/V pages, window, pictures, and the scratch of one step."""
+    """About what one branch of a plan adds at its peak (the past is shared): K/V of the frames it imagines and, where
+    the window fills up, of those it encodes again, with and without actions; pictures, and the scratch that decodes one.
+    """
     config = world.flow.config
     tokens = math.prod(world.grid)
-    pages = 2 * config.layers_per_block[-1] * config.top_channels * tokens * (2 * config.window + 1)
+    frames = min(config.window, config.context + horizon)
+    pages = 2 * 2 * config.layers_per_block[-1] * config.top_channels * tokens * frames
     history = 2 * config.window * (tokens * config.token_dim + config.action_features)
     pixels = math.prod(world.frames_shape)
-    return FLOAT * (2 * pages + history + 8 * pixels) + horizon * pixels
+    return FLOAT * (pages + history + SCRATCH * pixels) + horizon * pixels
 
 
 def free_bytes(device: torch.device) -> int | None:

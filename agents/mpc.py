@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from agents.actions import batch_of_one, take
 from agents.beliefs import Belief
 from agents.objectives import Moment, Objective
 from agents.planners import Plan, Planner
@@ -14,7 +15,7 @@ from worldmodel import InputError, WorldModel, WorldState
 
 
 class MPCAgent:
-    """Model-predictive control of one session: `reset`, then `act` and `observe` in turn.
+    """Model-predictive control of one session: `reset(frame)`, then `act(frames)` with what each action caused.
 
     The world never drives: it observes what really happened, and imagines only to plan. ``state`` and ``last_plan`` may
     be read at any time.
@@ -32,6 +33,7 @@ class MPCAgent:
         self.state: WorldState | None = None
         self.last_plan: Plan | None = None
         self._warm: tuple[Belief, np.ndarray] | None = None
+        self._action: Any = None
         self._seed, self._chunks = 0, 0
 
     def reset(self, frames: np.ndarray, seed: int = 0) -> None:
@@ -44,21 +46,27 @@ class MPCAgent:
         if pixels.ndim == 3:
             pixels = np.broadcast_to(pixels, (self.world.first_frames, *pixels.shape))
         self.state, _ = self.world.observe(self.world.initial_state([seed]), pixels[None].copy())
-        self.last_plan, self._warm = None, None
+        self.last_plan, self._warm, self._action = None, None, None
         self._seed, self._chunks = seed, 0
 
-    def act(self) -> Any:
+    def act(self, frames: np.ndarray | None = None) -> Any:
         """The first action of a new plan, in the world's action space.
 
+        ``frames`` (F, height, width, 3) uint8: the chunk that the action before caused, observed first; None where
+        nothing has happened since `reset`, or `observe` was called.
+
         Raises:
-            InputError: before `reset`; and as `Planner.plan`.
+            InputError: before `reset`, or frames before any action; and as `Planner.plan`.
         """
-        self.last_plan = self.planner.plan(
-            self.world, self._session(), self.objective, self._draw(), self._warm
-        )
-        return (
-            self.last_plan.actions[0].copy() if self.last_plan.actions.ndim > 1 else self.last_plan.actions[0]
-        )
+        if frames is not None:
+            if self._action is None:
+                raise InputError(
+                    "no action has caused these frames; call act() first, or observe(frames, action)"
+                )
+            self.observe(frames, self._action)
+        plan = self.planner.plan(self.world, self._session(), self.objective, self._draw(), self._warm)
+        self.last_plan, self._action = plan, take(plan.actions, 0)
+        return self._action
 
     def observe(self, frames: np.ndarray, action: Any) -> None:
         """What really happened: a chunk (F, height, width, 3) uint8, and the action that caused it.
@@ -66,9 +74,7 @@ class MPCAgent:
         Raises:
             InputError: before `reset`, or another shape, dtype or range.
         """
-        self.state, _ = self.world.observe(
-            self._session(), np.asarray(frames)[None], np.asarray(action)[None]
-        )
+        self.state, _ = self.world.observe(self._session(), np.asarray(frames)[None], batch_of_one(action))
         self._warm = None if self.last_plan is None else self.last_plan.warm
         self._chunks += 1
 

@@ -5,6 +5,7 @@ Axis letters: N branches, T chunks of a clip, F pixel frames of a chunk, C laten
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agents.actions import Actions, take
 from worldmodel import Chunk, InputError, WorldModel, WorldState
 
 
@@ -21,15 +23,15 @@ from worldmodel import Chunk, InputError, WorldModel, WorldState
 class Moment:
     """Chunk ``step`` (from 0) of N imagined branches, as objectives see it.
 
-    before, after: the N sessions around the chunk. actions: (N, ...), what caused it. survival: (N,) float64, the
-    probability that no chunk before it ended the episode.
+    before, after: the N sessions around the chunk. actions: (N, ...), or a dict of such, what caused it. survival: (N,)
+    float64, the probability that no chunk before it ended the episode.
     """
 
     world: WorldModel
     before: WorldState
     after: WorldState
     chunk: Chunk
-    actions: np.ndarray
+    actions: Actions
     survival: Tensor
     step: int
     horizon: int
@@ -96,7 +98,7 @@ def _checked(value: Any, name: str, moment: Moment) -> Tensor:
         row = int(bad[0])
         raise InputError(
             f"{name} returned {float(values[row])} at step {moment.step} of {moment.horizon} (branch {row}, action "
-            f"{' '.join(str(moment.actions[row]).split())}); return finite numbers"
+            f"{' '.join(str(take(moment.actions, row)).split())}); return finite numbers"
         )
     return values
 
@@ -215,11 +217,70 @@ class SurprisePenalty(Objective):
 
 
 @dataclass(frozen=True)
+class GoalLikelihood(Objective):
+    """``weight`` times the log-density, in nats, of a goal chunk as what comes next: p(goal | branch, action).
+
+    Of every chunk, or of the plan's last one alone with ``only_last``. Latents lie near a manifold, so the density of a
+    goal that a branch just misses falls off a cliff: ``temperature`` is the standard deviation of the base noise that
+    the goal is measured against (1 is the model's own). All branches see the same noised goal. Costs one more pass a
+    chunk.
+
+    frames: (F, height, width, 3) uint8.
+    """
+
+    frames: np.ndarray = field(repr=False)
+    weight: float = 1.0
+    temperature: float = 3.0
+    only_last: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the range. Raises InputError."""
+        if not self.temperature > 0:
+            raise InputError(f"temperature is {self.temperature}, expected a number above 0")
+
+    @classmethod
+    def to_picture(cls, world: WorldModel, picture: np.ndarray, **options: Any) -> GoalLikelihood:
+        """The goal is a picture (height, width, 3) uint8 that holds still for a chunk."""
+        return cls(np.stack([np.asarray(picture)] * world.chunk_frames), **options)
+
+    def value(self, moment: Moment) -> Tensor:
+        """See the class."""
+        rows = moment.before.rows
+        if self.only_last and not moment.last:
+            return torch.zeros(rows)
+        same = moment.before.reseed([0] * rows)
+        goal = np.repeat(np.asarray(self.frames)[None], rows, axis=0)
+        chunk = moment.world.observe(same, goal, moment.actions)[1]
+        square = chunk.noise.double().square().flatten(1)
+        tempered = (1.0 - self.temperature**-2) / 2.0 * square.sum(1) - square.shape[1] * math.log(
+            self.temperature
+        )
+        return self.weight * (chunk.log_prob + tempered.cpu())
+
+
+@dataclass(frozen=True)
+class TerminalValue(Objective):
+    """What is to be had behind the plan's last chunk, if the episode still runs: ``discount ** H * value(latents)``.
+
+    value: latents (N, C, h, w) to (N,) returns-to-go, e.g. the critic of a policy.
+    """
+
+    function: Callable[[Tensor], Any]
+    discount: float = 1.0
+
+    def value(self, moment: Moment) -> Tensor:
+        """See the class."""
+        if not moment.last:
+            return torch.zeros(moment.after.rows)
+        ahead = torch.as_tensor(self.function(moment.chunk.latent), dtype=torch.float64).cpu()
+        return self.discount**moment.horizon * survival_after(moment.survival, moment.chunk) * ahead
+
+
+@dataclass(frozen=True)
 class Custom(Objective):
-    """A function of the moment that returns (N,) numbers; with ``only_last`` a terminal value, asked once at the end."""
+    """A function of the moment that returns (N,) numbers."""
 
     function: Callable[[Moment], Any]
-    only_last: bool = False
 
     @property
     def name(self) -> str:
@@ -228,8 +289,6 @@ class Custom(Objective):
 
     def value(self, moment: Moment) -> Tensor:
         """See the class."""
-        if self.only_last and not moment.last:
-            return torch.zeros(moment.after.rows)
         return self.function(moment)  # checked where the parts are added up
 
 

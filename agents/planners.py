@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from agents.actions import Actions, leading, map_actions, take
 from agents.beliefs import Belief, first_belief
 from agents.memory import check_room
 from agents.objectives import Moment, Objective, PredictedReward, as_objective, judge, survival_after
@@ -28,11 +29,11 @@ FUTURES = 4
 class Futures:
     """K imagined futures, best first.
 
-    actions: (K, H, ...). returns: (K,) float64. frames: (K, H, F, height, width, 3) uint8. reward, log_prob: (K, H),
-    the reward and the nats of every chunk.
+    actions: (K, H, ...), in a Dict space a dict of such. returns: (K,) float64. frames: (K, H, F, height, width, 3)
+    uint8. reward, log_prob: (K, H), the reward and the nats of every chunk.
     """
 
-    actions: np.ndarray
+    actions: Actions
     returns: np.ndarray
     frames: np.ndarray
     reward: np.ndarray
@@ -41,14 +42,14 @@ class Futures:
     def best(self, count: int) -> Futures:
         """The ``count`` futures of the highest return."""
         order = np.argsort(-self.returns, kind="stable")[:count]
-        return Futures(*(getattr(self, name)[order] for name in Futures.__annotations__))
+        return Futures(*(take(getattr(self, name), order) for name in Futures.__annotations__))
 
     def joined(self, other: Futures | None) -> Futures:
         """These and other futures."""
         if other is None:
             return self
         pairs = ((getattr(self, name), getattr(other, name)) for name in Futures.__annotations__)
-        return Futures(*(np.concatenate(pair) for pair in pairs))
+        return Futures(*(map_actions(lambda *p: np.concatenate(p), *pair) for pair in pairs))
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ class Plan:
     iterations: completed. seconds: spent. warm: the belief and the sequences that the next plan begins with.
     """
 
-    actions: np.ndarray
+    actions: Actions
     value: float
-    candidates: np.ndarray
+    candidates: Actions
     returns: np.ndarray
     futures: Futures
     iterations: int
@@ -73,7 +74,7 @@ class Plan:
 def imagine(
     world: WorldModel,
     state: WorldState,
-    actions: np.ndarray,
+    actions: Actions,
     objective: Objective | Callable[[Moment], Any],
     sampling: Sampling | None = None,
 ) -> Futures:
@@ -87,14 +88,15 @@ def imagine(
             f"the state holds {state.rows} sessions, expected 1; take one with state.select([i])"
         )
     goal = as_objective(objective)
-    n, horizon = actions.shape[:2]
+    n, horizon = leading(actions)[:2]
     branches = state.fork(n)
     survival = torch.ones(n, dtype=torch.float64)
     returns = torch.zeros(n, dtype=torch.float64)
     frames, rewards, nats = [], [], []
     for step in range(horizon):
-        after, chunk = world.step(branches, actions[:, step], sampling)
-        moment = Moment(world, branches, after, chunk, actions[:, step], survival, step, horizon)
+        taken = take(actions, step, axis=1)
+        after, chunk = world.step(branches, taken, sampling)
+        moment = Moment(world, branches, after, chunk, taken, survival, step, horizon)
         returns = returns + judge(goal, moment)
         survival = survival_after(survival, chunk)
         branches = after
@@ -136,11 +138,13 @@ class Planner:
         objective: Objective | Callable[[Moment], Any] | None = None,
         seed: int = 0,
         warm: tuple[Belief, np.ndarray] | None = None,
+        proposals: Actions | None = None,
         clock: Clock = time.perf_counter,
     ) -> Plan:
         """Search for the actions of the next H chunks of one session; the same seed gives the same plan.
 
         ``objective`` is `PredictedReward` by default; ``warm`` is what the plan of the chunk before left (`Plan.warm`).
+        ``proposals`` (n, H, ...): sequences that are among the first candidates, as `propose_actions` makes them.
 
         Raises:
             InputError: an action space that cannot be searched, more branches than fit into memory, or an objective
@@ -151,10 +155,17 @@ class Planner:
         belief, tried = warm or (first_belief(world.spec.action_space, search), None)
         if len(belief.centre) != search.horizon:
             raise InputError(f"the warm start has {len(belief.centre)} chunks, expected {search.horizon}")
+        if proposals is not None:
+            if leading(proposals)[1] != search.horizon:
+                raise InputError(
+                    f"the proposals have {leading(proposals)[1]} chunks, expected {search.horizon}"
+                )
+            proposed = belief.coordinates(proposals)
+            tried = proposed if tried is None else np.concatenate((tried, proposed))
         goal = as_objective(PredictedReward() if objective is None else objective)
         kept: Futures | None = None
 
-        def evaluate(actions: np.ndarray) -> np.ndarray:
+        def evaluate(actions: Actions) -> np.ndarray:
             nonlocal kept
             futures = imagine(world, state, actions, goal, self.sampling)
             kept = futures.best(FUTURES).joined(kept).best(FUTURES)

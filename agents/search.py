@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from agents.actions import Actions
 from agents.beliefs import Belief, Gaussian
 from agents.presets import Search
 
-Evaluate = Callable[[np.ndarray], np.ndarray]
+Evaluate = Callable[[Actions], np.ndarray]
 """Candidate sequences (N, H, ...) in the action space to their returns (N,)."""
 
 Clock = Callable[[], float]
@@ -32,9 +33,9 @@ class Found:
     iterations: completed. seconds: spent.
     """
 
-    actions: np.ndarray
+    actions: Actions
     value: float
-    candidates: np.ndarray
+    candidates: Actions
     returns: np.ndarray
     belief: Belief
     elites: np.ndarray

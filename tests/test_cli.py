@@ -22,6 +22,9 @@ def command(*arguments: str) -> list[str]:
         (("rollout", "--context", "sideways", "--chunks", "1"), 1, "rolling"),
         (("train", "pendulum", "--data", "nowhere"), 1, "dataset"),
         (("evaluate", "--bogus"), 2, "--bogus"),
+        (("evaluate", "nope"), 1, "shipped worlds"),
+        (("evaluate", "agents", "nope"), 1, "shipped worlds"),
+        (("evaluate", "agents", "--only", "flying"), 1, "choose from planning"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments: tuple[str, ...], status: int, words: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from worldmodel.world import WorldModel
@@ -235,7 +236,67 @@ def finetune(
             print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
 
 
-@app.command()
+class WorldFirst(TyperGroup):
+    """``evaluate WORLD`` is ``evaluate world WORLD``: what names no subcommand is the world's."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See the class."""
+        known = args and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        return super().parse_args(ctx, args if known else ["world", *args])
+
+
+evaluate_app = typer.Typer(
+    cls=WorldFirst,
+    help="Measure a world on held-out real episodes (`evaluate WORLD`), or what agents do with it in the real "
+    "environment (`evaluate agents WORLD`).",
+    add_completion=False,
+    rich_markup_mode=None,
+)
+app.add_typer(evaluate_app, name="evaluate")
+
+
+@evaluate_app.command("agents")
+def evaluate_agents(
+    world: World = "pendulum",
+    out: Annotated[
+        Path | None, typer.Option(help="Where JSON and plots go; default evaluation/NAME-agents.")
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="Sections, with commas between: planning, fidelity, inference, counterfactuals, termination, "
+            "imagination, anomalies. Default: all that fit the world."
+        ),
+    ] = None,
+    starts: Annotated[int, typer.Option(help="Held-out starts of an episode.")] = 20,
+    clips: Annotated[int, typer.Option(help="Held-out clips for inference and counterfactuals.")] = 100,
+    chunks: Annotated[
+        int | None,
+        typer.Option(help="At most so many chunks of an episode; default: the environment's limit."),
+    ] = None,
+    preset: Annotated[str, typer.Option(help="Of the planner: fast, quality or paper.")] = "fast",
+    policy_chunks: Annotated[int, typer.Option(help="Imagined chunks that PPO learns from.")] = 60_000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of the summary.")] = False,
+) -> None:
+    """Agents proven in the real environment: planning, inference, counterfactuals, learning in imagination, anomalies.
+
+    Every section is kept in OUT/sections with its finished parts: kill it at any moment and run the same command again.
+    About an hour and a half on one CPU core.
+    """
+    from agents.evaluation import evaluate_agents as run
+    from agents.evaluation import summary
+    from agents.trial import TrialConfig
+    from worldmodel.world import WorldModel
+
+    model = WorldModel.load(world)
+    config = TrialConfig(starts, chunks, preset, clips, policy_chunks)
+    folder = out or Path("evaluation") / f"{model.spec.name}-agents"
+    numbers = run(model, folder, config, only.split(",") if only else ())
+    print(json.dumps(numbers, indent=2) if as_json else summary(numbers))
+    print(f"written to {folder}", file=sys.stderr)
+
+
+@evaluate_app.command("world")
 def evaluate(
     world: World = "pendulum",
     data: Annotated[

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from agents import infer_action, label_video
+from agents import infer_action, label_video, propose_actions
 from agents.action_inference import ActionPosterior, enumerate_actions
 from tests.toy import toy_world
 from worldmodel import InputError, WorldModel
@@ -130,3 +130,30 @@ def test_what_cannot_be_inferred(world: WorldModel) -> None:
         enumerate_actions(spaces.MultiDiscrete([100, 100]))
     with pytest.raises(InputError, match="cannot infer"):
         enumerate_actions(spaces.Text(3))
+
+
+def test_a_tempered_posterior_is_wider(world: WorldModel) -> None:
+    """At temperature 1 it is the posterior itself; warmer it has more entropy and the same favourite."""
+    state, _ = world.reset([0])
+    posterior = infer_action(world, state, world.starts["frames"][1, 0], draws=1, refinements=0)
+    np.testing.assert_allclose(posterior.tempered(1.0).probabilities, posterior.probabilities, rtol=1e-9)
+    warm = posterior.tempered(5.0)
+    assert entropy(warm) > entropy(posterior)
+    assert warm.map == posterior.map
+    with pytest.raises(InputError, match="temperature"):
+        posterior.tempered(0.0)
+
+
+def entropy(posterior: ActionPosterior) -> float:
+    p = posterior.probabilities
+    return float(-(p * np.log(p + 1e-300)).sum())
+
+
+def test_proposals_lead_to_the_goal(discrete: WorldModel) -> None:
+    """The first proposal begins with the most probable action towards the goal; all are actions of the space."""
+    state, _ = discrete.reset([0])
+    goal = discrete.starts["frames"][1, 0]
+    proposals = propose_actions(discrete, state, goal, 5, 3, np.random.default_rng(0))
+    assert proposals.shape == (5, 3)
+    assert all(discrete.spec.action_space.contains(a) for a in proposals.ravel())
+    assert proposals[0, 0] == infer_action(discrete, state, goal, draws=1).map

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,12 @@ import torch
 
 from agents import (
     Custom,
+    GoalLikelihood,
     LatentDistance,
     Moment,
     PredictedReward,
     SurprisePenalty,
+    TerminalValue,
     TerminationPenalty,
     imagine,
 )
@@ -112,15 +115,53 @@ def test_surprise_is_calibrated_on_real_chunks(world: WorldModel) -> None:
         SurprisePenalty.calibrated(world, 1.0, clips=(frames[:, :1], actions[:, :1]))
 
 
-def test_a_terminal_value_is_asked_once(world: WorldModel) -> None:
-    asked = []
+def test_a_terminal_value_is_asked_once_and_of_those_that_still_run(
+    world: WorldModel, moments: list[Moment]
+) -> None:
+    asked: list[torch.Tensor] = []
 
-    def value(moment: Moment) -> np.ndarray:
-        asked.append(moment.step)
-        return np.full(N, 7.0)
+    def value(latents: torch.Tensor) -> torch.Tensor:
+        asked.append(latents)
+        return latents.sum((1, 2, 3))
 
-    np.testing.assert_array_equal(returns(world, Custom(value, only_last=True)), 7.0)
-    assert asked == [H - 1]
+    got = returns(world, TerminalValue(value, discount=0.9))
+    assert len(asked) == 1
+    alive = np.prod([1 - m.chunk.termination.double().numpy() for m in moments], axis=0)
+    expected = 0.9**H * alive * moments[-1].chunk.latent.double().sum((1, 2, 3)).numpy()
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_goal_likelihood_is_the_density_of_the_goal(world: WorldModel, moments: list[Moment]) -> None:
+    """At temperature 1 it is what `observe` says of the goal; all branches see the same noised goal."""
+    last, goal = moments[-1], world.starts["frames"][1, 1]
+    value = GoalLikelihood(goal, temperature=1.0).value
+    assert not value(moments[0]).any()
+    alike = last.before.reseed([0] * N)
+    observed = world.observe(alike, np.stack([goal] * N), last.actions)[1]
+    torch.testing.assert_close(value(last), observed.log_prob)
+    twins = replace(last, before=last.before.select([1] * N), actions=np.repeat(last.actions[1:2], N, axis=0))
+    same = value(twins)
+    torch.testing.assert_close(same, same[:1].expand(N))
+
+
+def test_a_warmer_goal_likelihood_is_a_density_too_and_flatter(
+    world: WorldModel, moments: list[Moment]
+) -> None:
+    last, goal = moments[-1], world.starts["frames"][1, 1]
+    cold, warm = (GoalLikelihood(goal, temperature=t).value(last) for t in (1.0, 3.0))
+    noise = world.observe(last.before.reseed([0] * N), np.stack([goal] * N), last.actions)[1].noise.double()
+    base = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(0.0, 3.0)
+    off = (base[1].log_prob(noise) - base[0].log_prob(noise)).sum((1, 2, 3))
+    torch.testing.assert_close(warm - cold, off)
+    with pytest.raises(InputError, match="temperature"):
+        GoalLikelihood(goal, temperature=0.0)
+
+
+def test_a_still_picture_is_a_goal(world: WorldModel) -> None:
+    picture = world.starts["frames"][0, 0, 0]
+    goal = GoalLikelihood.to_picture(world, picture, weight=0.5)
+    assert goal.frames.shape == world.frames_shape
+    assert np.isfinite(returns(world, goal + PredictedReward())).all()
 
 
 def test_nan_names_the_step_that_made_it(world: WorldModel) -> None:

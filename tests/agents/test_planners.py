@@ -86,6 +86,49 @@ def test_too_many_branches_say_how_many_fit(world: WorldModel) -> None:
     assert len(enough.plan(world, state).returns) == 5
 
 
+def test_a_branch_is_not_overestimated_much(world: WorldModel) -> None:
+    """What a fork really holds after a plan, its pictures and the decoder's scratch are most of the estimate."""
+    state, _ = world.reset([0])
+    n, horizon = 16, 5
+    after, chunks = world.rollout(state.fork(n), np.zeros((n, horizon, 1), np.float32))
+    pixels = sum(c.frames.nbytes for c in chunks) / n
+    held = (after.nbytes - state.nbytes) / n + pixels + 4 * pixels / horizon * 4
+    assert 0.5 * branch_bytes(world, horizon) < held < branch_bytes(world, horizon)
+
+
+def test_actions_of_several_kinds_are_planned_together(mixed: WorldModel) -> None:
+    def objective(moment: Moment) -> np.ndarray:
+        return -np.abs(moment.actions["push"][:, 0] - 1.0) - (moment.actions["gear"] != 2)
+
+    state, _ = mixed.reset([0])
+    search = Search(method="cem", candidates=40, iterations=6, horizon=2, elites=6)
+    plan = Planner(search).plan(mixed, state, objective)
+    assert plan.actions["push"].shape == (2, 1)
+    assert plan.actions["push"].dtype == np.float32
+    np.testing.assert_array_equal(plan.actions["gear"], 2)
+    np.testing.assert_allclose(plan.actions["push"], 1.0, atol=0.15)
+    assert plan.futures.actions["gear"].shape == (4, 2)
+    assert draw_plan(plan).ndim == 3
+
+    agent = MPCAgent(mixed, Planner(SMALL), objective)
+    clip = mixed.starts["frames"][0, 0]
+    agent.reset(clip)
+    assert mixed.spec.action_space.contains(agent.act())
+    assert mixed.spec.action_space.contains(agent.act(clip))
+
+
+def test_proposals_are_among_the_candidates(world: WorldModel) -> None:
+    """One that a search of a few candidates would not find."""
+    state, _ = world.reset([0])
+    truth = TARGET.numpy()[None, :, None]
+    search = replace(SMALL, method="shooting", iterations=1)
+    plan = Planner(search).plan(world, state, to_target, proposals=truth)
+    np.testing.assert_allclose(plan.actions, truth[0], atol=1e-6)
+    assert len(plan.returns) == search.candidates
+    with pytest.raises(InputError, match="proposals have 3 chunks, expected 2"):
+        Planner(replace(search, horizon=2)).plan(world, state, to_target, proposals=truth)
+
+
 def test_what_cannot_be_planned(world: WorldModel) -> None:
     state, _ = world.reset([0, 1])
     with pytest.raises(InputError, match="holds 2 sessions"):
@@ -156,10 +199,14 @@ def test_the_agent_chooses(discrete: WorldModel) -> None:
     agent = MPCAgent(discrete, Planner(SMALL), lambda m: -np.abs(m.actions - 3.0))
     with pytest.raises(InputError, match="call reset"):
         agent.act()
+    with pytest.raises(InputError, match="no action has caused"):
+        agent.act(discrete.starts["frames"][0, 0])
     clip = discrete.starts["frames"][0, 0]
     agent.reset(clip)
+    action = agent.act()
     for _ in range(2):
-        action = agent.act()
         assert discrete.spec.action_space.contains(action)
-        agent.observe(clip, action)
+        action = agent.act(clip)
     assert action == 3
+    assert agent.state is not None
+    assert int(agent.state.steps[0]) == 3

@@ -210,3 +210,40 @@ def test_unbounded_and_text_spaces_are_refused() -> None:
     for space in (spaces.Box(-np.inf, np.inf, (1,)), spaces.Text(5)):
         with pytest.raises(InputError, match="cannot search"):
             first_belief(space, Search())
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        BOX,
+        spaces.Discrete(4, start=-1),
+        spaces.MultiDiscrete([2, 4, 3]),
+        spaces.Dict({"push": BOX, "gear": spaces.Discrete(3, start=2)}),
+    ],
+    ids=["box", "discrete", "multi", "dict"],
+)
+def test_coordinates_invert_actions(space: spaces.Space) -> None:
+    search = Search(candidates=20, horizon=3)
+    belief = first_belief(space, search)
+    x = belief.sample(np.random.default_rng(0), 20, search)
+    np.testing.assert_allclose(belief.coordinates(belief.actions(x)), x, atol=1e-6)
+    assert x.shape[:2] == (20, 3)
+
+
+def test_a_dict_is_searched_as_its_parts() -> None:
+    """Both parts reach their optimum; a shifted belief keeps the parts apart."""
+    space = spaces.Dict({"push": BOX, "gear": spaces.MultiDiscrete([3, 4])})
+
+    def evaluate(actions: dict[str, np.ndarray]) -> np.ndarray:
+        return parabola(actions["push"]) - (actions["gear"] != np.array([2, 1])).sum((1, 2))
+
+    search = Search(method="cem", candidates=150, iterations=10, horizon=3, elites=15)
+    found = search_actions(evaluate, first_belief(space, search), search, np.random.default_rng(0))
+    np.testing.assert_array_equal(found.actions["gear"], np.tile([2, 1], (3, 1)))
+    assert np.abs((found.actions["push"] - TARGET) / SCALE).max() < 0.06
+    later, _ = found.shift(search)
+    centre = later.actions(later.centre)
+    np.testing.assert_array_equal(centre["gear"], np.tile([2, 1], (3, 1)))
+    np.testing.assert_allclose(
+        centre["push"][:2], found.belief.actions(found.belief.centre)["push"][1:], atol=1e-5
+    )

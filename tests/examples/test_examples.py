@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.toy import write_toy
+from worldmodel.files import config_to_dict, read_json, write_json
+from worldmodel.training.collect import CollectConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,6 +26,15 @@ def run(script: str, folder: Path, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_toy(tmp_path_factory.mktemp("world") / "toy", frame=(64, 64)))
+
+
+@pytest.fixture(scope="module")
+def of_pendulum(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A toy that says it was learned from Pendulum-v1."""
+    path = write_toy(tmp_path_factory.mktemp("pendulum") / "toy")
+    made = CollectConfig("Pendulum-v1", frame_size=(32, 32), hide=("last_u",))
+    write_json(path / "world.json", read_json(path / "world.json") | {"environment": config_to_dict(made)})
+    return str(path)
 
 
 def test_step_a_world(world: str, tmp_path: Path) -> None:
@@ -52,8 +63,17 @@ def test_ppo_stable_baselines3(world: str, tmp_path: Path) -> None:
     assert (tmp_path / "policy.zip").stat().st_size > 0
 
 
-def test_plan_pendulum(world: str, tmp_path: Path) -> None:
+def test_ppo_in_imagination(of_pendulum: str, tmp_path: Path) -> None:
+    pytest.importorskip("stable_baselines3")
     pytest.importorskip("pygame")
-    output = run("plan_pendulum.py", tmp_path, "--world", world, "--episodes", "1", "--chunks", "3")
+    arguments = ("--world", of_pendulum, "--steps", "1024", "--episodes", "2", "--chunks", "2")
+    output = run("ppo_in_imagination.py", tmp_path, *arguments)
+    assert "1024 imagined chunks, no real one: mean real return -" in output
+    assert (tmp_path / "runs/ppo_in_imagination/policy.safetensors").stat().st_size > 0
+
+
+def test_plan_pendulum(of_pendulum: str, tmp_path: Path) -> None:
+    pytest.importorskip("pygame")
+    output = run("plan_pendulum.py", tmp_path, "--world", of_pendulum, "--episodes", "1", "--chunks", "3")
     assert output.count("mean return") == 3
     assert (tmp_path / "plan_pendulum.png").stat().st_size > 0
