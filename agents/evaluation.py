@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from agents.anomaly_table import plot_anomalies
 from agents.inference_evaluation import (
     evaluate_counterfactuals,
     evaluate_inference,
@@ -56,6 +57,12 @@ def _evaluate_imagination(world: WorldModel, config: TrialConfig, progress: Prog
     except ImportError as error:
         raise ConfigError('learning needs stable-baselines3; pip install "worldmodel[rl]"') from error
     return evaluate_imagination(world, config, progress)
+
+
+def _evaluate_anomalies(world: WorldModel, config: TrialConfig, progress: Progress) -> Numbers:
+    from agents.anomaly_evaluation import AnomalyEvaluation, evaluate_anomalies
+
+    return evaluate_anomalies(world, AnomalyEvaluation(bootstrap=config.bootstrap))
 
 
 SECTIONS: dict[str, Section] = {
@@ -109,6 +116,13 @@ SECTIONS: dict[str, Section] = {
         plot_returns,
         ("starts", "chunks", "policy_chunks", "seed"),
         ("imagined_chunks", "mean_return"),
+    ),
+    "anomalies": Section(
+        _evaluate_anomalies,
+        plot_anomalies,
+        (),
+        ("mean_auroc/combined", "mean_auroc/chunk alone", "false_alarms/per_episode"),
+        without=("LunarLander-v3",),
     ),
 }
 
