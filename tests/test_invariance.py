@@ -27,7 +27,9 @@ def test_never_computes_on_fewer_rows() -> None:
     assert seen == [4, 6]
 
 
-@pytest.mark.skipif(not products_round_alike(), reason="this processor's kernels round differently by batch size")
+@pytest.mark.skipif(
+    not products_round_alike(), reason="this processor's kernels round differently by batch size"
+)
 @pytest.mark.parametrize("count", COUNTS)
 def test_codec_and_action_encoder_give_a_row_what_they_give_it_in_any_batch(count: int) -> None:
     torch.manual_seed(0)
@@ -42,5 +44,6 @@ def test_codec_and_action_encoder_give_a_row_what_they_give_it_in_any_batch(coun
     assert torch.equal(rows, encoder(packed, present)[:count])
     weight = torch.randn(8, 3)
     assert torch.equal(
-        with_rows(MATRIX_ROWS, lambda x: F.linear(x, weight), packed[:count]), F.linear(packed, weight)[:count]
+        with_rows(MATRIX_ROWS, lambda x: F.linear(x, weight), packed[:count]),
+        F.linear(packed, weight)[:count],
     )

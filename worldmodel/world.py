@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from worldmodel.checkpoint import WorldFiles, WorldSpec, read_spec, read_world
 from worldmodel.codec.base import Codec, CodecState
@@ -27,11 +27,12 @@ from worldmodel.condition.actions import ActionEncoder
 from worldmodel.condition.spaces import pack_actions
 from worldmodel.errors import CheckpointError, InputError, WorldModelError
 from worldmodel.flow.affine import standard_normal_log_prob
-from worldmodel.flow.deep import Context
+from worldmodel.flow.deep import Committed, Context
 from worldmodel.flow.flow import Flow
 from worldmodel.heads import Heads
 from worldmodel.invariance import MATRIX_ROWS, with_rows
 from worldmodel.noise import OBSERVE, SAMPLE, SCORE, normal, seed_tensor
+from worldmodel.packed import pack
 from worldmodel.plan import check_memory
 from worldmodel.published import obtain
 from worldmodel.sampling import Sampling
@@ -122,6 +123,9 @@ class WorldModel:
         check_memory(read_spec(path), device)
         files: WorldFiles = read_world(path)
         flow, codec, actions, heads = files.build(device)
+        for part in (flow, codec, actions, heads):
+            if isinstance(part, nn.Module):
+                pack(part)
         return cls(files.spec, flow, codec, actions, heads, files.starts, files.fingerprint)
 
     def with_fast_decoder(self, path: str | Path) -> WorldModel:
@@ -285,16 +289,21 @@ class WorldModel:
         action: Any = None,
         sampling: Sampling | None = None,
         noise: Tensor | None = None,
+        decode: bool = True,
     ) -> tuple[WorldState, Chunk]:
         """Imagine the next chunk of every session.
 
         ``action``: (B, ...) in the world's action space, or None for no action. ``noise``: (B, C, h, w) replaces the
-        session's own random stream, e.g. with a chunk's inferred one for a counterfactual.
+        session's own random stream, e.g. with a chunk's inferred one for a counterfactual. ``decode=False`` leaves
+        the pixels out, ``frames`` is then (B, 0, height, width, 3): for whoever plans on latents, rewards or nats. A
+        codec that decodes in a stream cannot skip a chunk.
 
         Raises:
             InputError: wrong shape, dtype or range. WorldModelError: the model returned a value that is not finite.
         """
         sampling = sampling or self.spec.sampling
+        if not decode and state.codec:
+            raise InputError("this world's codec decodes in a stream: every chunk must be decoded")
         packed, features = self._action(action, state.rows)
         self.next_frames(state)
         if noise is None:
@@ -305,10 +314,18 @@ class WorldModel:
                 f"noise has shape {tuple(noise.shape)}, expected finite {(state.rows, *self.latent_shape)}"
             )
         w = self.flow.tokens(noise[:, None].to(self.device))[:, 0]
-        context = self._room(state.context, sampling)
-        solved = self.flow.deep.solve(context, w, features, sampling.guidance, sampling.tolerance)
-        x, _ = self.flow.shallow_inverse(solved.v[:, None], self.grid, sampling.tolerance)
-        after, chunk = self._commit(state, context, x, features, packed, sampling.guidance)
+        context = self._room(state.context, sampling, reserve=False)
+        made = self.flow.imagine(
+            context,
+            w,
+            features,
+            sampling.guidance,
+            sampling.tolerance,
+            want_unconditional=features is not None,
+        )
+        after, chunk = self._advance(
+            state, context, made.context, made.x, made.u, made.log_det, made.terms, features
+        )
         noisy, steps = after.noisy, after.steps.clamp(max=after.noisy.shape[1])
         frames_back = int(steps.max())
         valid = torch.arange(frames_back)[None] >= frames_back - steps[:, None]
@@ -320,14 +337,17 @@ class WorldModel:
             None if bool(valid.all()) else valid.to(self.device),
         )[:, -1:]
         latent = self.flow.latents(clean, self.grid)[:, 0]
-        frames, codec = self.codec.decode(latent[:, None], state.codec)
-        if codec:  # a codec that remembers: its encoder has to see what was imagined
-            _, codec = self.codec.encode(frames, codec)
+        codec = state.codec
+        frames = torch.empty(state.rows, 0, *self.spec.frame_size, 3, dtype=torch.uint8)
+        if decode:
+            frames, codec = self.codec.decode(latent[:, None], codec)
+            if codec:  # a codec that remembers: its encoder has to see what was imagined
+                _, codec = self.codec.encode(frames, codec)
         chunk = replace(
             self._judged(chunk, state.latent, latent, packed),
             frames=frames,
-            sweeps=solved.sweeps,
-            residual=solved.residual,
+            sweeps=made.sweeps,
+            residual=made.residual,
         )
         return replace(after, latent=latent, codec=codec), chunk
 
@@ -347,7 +367,7 @@ class WorldModel:
         noise = normal(state.seeds, state.branches, state.steps, OBSERVE, self.latent_shape)
         x = self.flow.tokens((latent + self.flow.config.noise_std * noise.to(self.device))[:, None])
         context = self._room(state.context, self.spec.sampling)
-        after, chunk = self._commit(state, context, x, features, packed, 0.0)
+        after, chunk = self._commit(state, context, x, features)
         if codec:  # and its decoder what was observed
             _, codec = self.codec.decode(latent[:, None], codec)
         chunk = replace(self._judged(chunk, state.latent, latent, packed), frames=pixels)
@@ -366,14 +386,14 @@ class WorldModel:
             raise InputError(f"draws is {draws}, expected at least 1")
         packed, features = self._action(action, state.rows)
         _, latent, _ = self._encode(state, frames)
-        context = self._room(state.context, self.spec.sampling, reserve=False)
+        context = self._room(state.context, self.spec.sampling, reserve=False, look_ahead=False)
         results = []
         for draw in range(draws):
             stream = OBSERVE if draw == 0 else SCORE
             noise = normal(state.seeds, state.branches, state.steps, stream, self.latent_shape, draw)
             x = self.flow.tokens((latent + self.flow.config.noise_std * noise.to(self.device))[:, None])
             reserved = self.flow.deep.reserve(context)
-            _, chunk = self._commit(state, reserved, x, features, packed, 0.0)
+            _, chunk = self._commit(state, reserved, x, features)
             self.flow.deep.release(reserved)
             results.append(chunk)
         log_prob = torch.stack([c.log_prob for c in results])
@@ -391,13 +411,13 @@ class WorldModel:
         return self.observe(state, frames, action)[1].noise
 
     def rollout(
-        self, state: WorldState, actions: Any, sampling: Sampling | None = None
+        self, state: WorldState, actions: Any, sampling: Sampling | None = None, decode: bool = True
     ) -> tuple[WorldState, list[Chunk]]:
-        """Imagine T chunks: ``actions`` (B, T, ...), or a dict of such arrays."""
+        """Imagine T chunks: ``actions`` (B, T, ...), or a dict of such arrays. ``decode``: see `step`."""
         horizon = np.shape(next(iter(actions.values())) if isinstance(actions, Mapping) else actions)[1]
         chunks = []
         for t in range(horizon):
-            state, chunk = self.step(state, _at(actions, t), sampling)
+            state, chunk = self.step(state, _at(actions, t), sampling, decode=decode)
             chunks.append(chunk)
         return state, chunks
 
@@ -454,25 +474,33 @@ class WorldModel:
         outcome = self.heads(previous, latent, packed)
         return replace(chunk, reward=outcome.reward, termination=outcome.termination)
 
-    def _room(self, context: Context, sampling: Sampling, reserve: bool = True) -> Context:
+    def _room(
+        self, context: Context, sampling: Sampling, reserve: bool = True, look_ahead: bool = True
+    ) -> Context:
         keep = self.flow.config.context if sampling.context == "reencode" else None
-        context = self.flow.deep.make_room(context, keep)
+        context = self.flow.deep.make_room(context, keep, look_ahead)
         return self.flow.deep.reserve(context) if reserve else context
 
     def _commit(
+        self, state: WorldState, context: Context, x: Tensor, features: Tensor | None
+    ) -> tuple[WorldState, Chunk]:
+        """Real noisy tokens x (B, 1, N, D) to the next state and exact terms; ``context`` is reserved."""
+        u, log_det = self.flow.shallow_forward(x, self.grid)
+        after, terms = self.flow.deep.commit(context, u, features, want_unconditional=features is not None)
+        return self._advance(state, context, after, x, u, log_det, terms, features)
+
+    def _advance(
         self,
         state: WorldState,
         context: Context,
+        after: Context,
         x: Tensor,
+        u: Tensor,
+        log_det: Tensor,
+        terms: Committed,
         features: Tensor | None,
-        packed: Tensor,
-        guidance: float,
     ) -> tuple[WorldState, Chunk]:
-        """The way that imagined and real chunks share: noisy tokens x (B, 1, N, D) to the next state and exact terms."""
-        u, log_det = self.flow.shallow_forward(x, self.grid)
-        after, terms = self.flow.deep.commit(
-            context, u, features, guidance, want_unconditional=features is not None
-        )
+        """The next state and the exact density of a committed frame, imagined or real; ``context`` is the one before."""
         z = terms.model.forward(u)
         elements = standard_normal_log_prob(z) + terms.model.log_det() + log_det
         log_prob = elements.double().sum((1, 2, 3)).cpu()

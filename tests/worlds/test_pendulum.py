@@ -16,12 +16,12 @@ import envs
 from tests.invariance import products_round_alike
 from worldmodel.checkpoint import find_world
 from worldmodel.files import config_from_dict
+from worldmodel.state import WorldState
 from worldmodel.training.collect import CollectConfig, collect
 from worldmodel.training.episodes import EpisodeDataset
 from worldmodel.training.evaluate import held_out_clips
 from worldmodel.training.measure import Clips, EvaluateConfig, codec_only, likelihoods, open_loop, psnr
 from worldmodel.training.probes import pendulum_angle, pendulum_true_angle, wrap
-from worldmodel.state import WorldState
 from worldmodel.world import WorldModel
 
 CONFIG = EvaluateConfig(horizon=5, clips=24, bootstrap=50)
