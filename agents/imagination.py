@@ -29,7 +29,7 @@ from agents.planning_evaluation import episode_chunks, play
 from agents.trial import Numbers, Progress, TrialConfig, mean_of, real_env
 from envs import ChunkedEnv, WorldModelVectorEnv
 from worldmodel import WorldModel
-from worldmodel.errors import CheckpointError
+from worldmodel.errors import CheckpointError, InputError
 from worldmodel.files import load_metadata, load_tensors, save_tensors
 
 SLOTS = 64
@@ -96,6 +96,8 @@ class ImaginedVecEnv(VecEnv):
             temperature=world.spec.sampling.temperature,
         )
         self.observer = Observer(world)
+        if world.heads is None:
+            raise InputError(f"world {world.spec.name} predicts no reward; train one with heads")
         self.reward_scale = float(world.heads.reward_std)
         self._first_seed: int | None = seed
         self._actions: np.ndarray | None = None

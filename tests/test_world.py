@@ -102,8 +102,6 @@ def test_the_map_is_laid_out_on_the_latent_grid(world: WorldModel) -> None:
         world._room(state, world.spec.sampling),
         world.flow.tokens(x[:, None]),
         None,
-        torch.zeros(1, 1),
-        0.0,
     )
     assert chunk.log_prob_map[0].flatten().argmin() == 3
 
@@ -345,3 +343,41 @@ def test_worlds_of_every_action_space(space: spaces.Space[Any], tmp_path: Path) 
     with pytest.raises(InputError):
         made.step(state, np.zeros((2, 7)))
     assert unchanged(before, state)
+
+
+# ---- pixels left out -----------------------------------------------------------------------------------------
+def test_without_pixels_everything_else_is_the_same(world: WorldModel) -> None:
+    a = actions(2, 3)
+    state, _, _ = walk(world, world.initial_state([1, 2]), a)
+    after, shown = world.step(state, a[:, 0])
+    blind, chunk = world.step(state, a[:, 0], decode=False)
+    assert chunk.frames.shape == (2, 0, *world.frames_shape[1:]) and chunk.frames.dtype == torch.uint8
+    for name in ("latent", "log_prob", "action_gain", "reward", "termination", "noise"):
+        assert torch.equal(getattr(chunk, name), getattr(shown, name))
+    _, next_shown = world.step(after, a[:, 1])
+    _, next_blind = world.step(blind, a[:, 1])
+    assert torch.equal(next_shown.frames, next_blind.frames)
+    _, chunks = world.rollout(state, a, decode=False)
+    assert [c.frames.shape[1] for c in chunks] == [0, 0, 0]
+
+
+def test_a_codec_that_decodes_in_a_stream_skips_nothing(world: WorldModel) -> None:
+    state = replace(world.initial_state([1]), codec={"feature": torch.zeros(1, 2)})
+    with pytest.raises(InputError, match="every chunk must be decoded"):
+        world.step(state, actions(1, 1)[:, 0], decode=False)
+
+
+@policy
+def test_memory_of_a_long_session_is_flat(world: WorldModel, sampling: Sampling) -> None:
+    """Past the window the bytes of a state, and of the pages it holds on to, repeat; `make bench` walks far longer."""
+    state, held = world.initial_state([1]), []
+    for action in actions(1, 60).transpose(1, 0, 2):
+        state, _ = world.step(state, action, sampling)
+        pages = {
+            s.page.kv.untyped_storage().data_ptr(): s.page.kv.untyped_storage().nbytes()
+            for cache in state._caches().values()
+            for c in cache.cohorts
+            for s in c.segments
+        }
+        held.append((state.nbytes, sum(pages.values())))
+    assert max(held[30:]) <= max(held[:30])

@@ -23,6 +23,7 @@ from worldmodel.flow.affine import Affine
 from worldmodel.flow.attention import Attention
 from worldmodel.flow.block import MLP, Transformer
 from worldmodel.flow.flow import Flow
+from worldmodel.packed import Linear
 from worldmodel.training.parallel import Ranks
 from worldmodel.world import WorldModel
 
@@ -41,10 +42,14 @@ class SummedLinear(nn.Module):
         dist.all_reduce(partial, group=self.group)
         return partial + self.bias
 
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The same, and a residual (..., outputs) that every process has."""
+        return residual + self(x)
 
-def _rows(linear: nn.Linear, rows: Tensor) -> nn.Linear:
+
+def _rows(linear: Linear, rows: Tensor) -> Linear:
     """The given outputs of a linear map."""
-    part = type(linear)(linear.in_features, len(rows), device=linear.weight.device, dtype=linear.weight.dtype)
+    part = Linear(linear.in_features, len(rows), device=linear.weight.device, dtype=linear.weight.dtype)
     part.weight.copy_(linear.weight[rows])
     part.bias.copy_(linear.bias[rows])
     return part.requires_grad_(False)

@@ -55,8 +55,7 @@ class WorldState:
     @property
     def nbytes(self) -> int:
         """Bytes held: K/V in view (shared pages once) and all other tensors."""
-        caches = [self.context.cache] + ([self.context.uncond] if self.context.uncond is not None else [])
-        return sum(c.nbytes for c in caches) + sum(
+        return sum(c.nbytes for c in self._caches().values()) + sum(
             t.untyped_storage().nbytes() for t in self._tensors().values()
         )
 
@@ -145,6 +144,13 @@ class WorldState:
         zero = torch.zeros_like(new)
         return replace(self, seeds=new, branches=zero, forks=zero)
 
+    def _caches(self) -> dict[str, KVCache]:
+        c = self.context
+        named = {"cache": c.cache, "uncond": c.uncond}
+        if c.ahead is not None:
+            named |= {"ahead": c.ahead.cache, "ahead_uncond": c.ahead.uncond}
+        return {k: v for k, v in named.items() if v is not None}
+
     def _tensors(self) -> dict[str, Tensor]:
         c = self.context
         named = {
@@ -179,10 +185,16 @@ class WorldState:
             raise ValueError("prompts without their condition tokens, or the reverse")
         if self.prompts is not None and len(self.prompts) != self.rows:
             raise ValueError(f"{len(self.prompts)} prompts for {self.rows} sessions")
-        for cache in (c.cache, c.uncond):
-            if cache is not None and cache.rows != self.rows:
+        if c.ahead is not None:
+            known = [max(0, f - c.ahead_from) for f in c.frames]
+            if (c.ahead.uncond is None) != (c.uncond is None) or not 0 < c.ahead_from <= c.window:
+                raise ValueError("the next window does not fit this one")
+            if any(a > k for a, k in zip(c.ahead.frames, known, strict=True)):
+                raise ValueError("the next window holds frames that this one has not seen")
+        for cache in self._caches().values():
+            if cache.rows != self.rows:
                 raise ValueError(f"K/V of {cache.rows} rows for {self.rows} sessions")
-            for cohort in cache.cohorts if cache is not None else ():
+            for cohort in cache.cohorts:
                 tokens = sum(s.tokens for s in cohort.segments)
                 fits = tokens == cohort.prefix + cohort.frames * c.u.shape[2] and cohort.frames <= c.window
                 if not fits or any(
@@ -194,9 +206,7 @@ class WorldState:
         """Write the state to one safetensors file, atomically; ``world`` is the fingerprint of its world."""
         tensors = {k: v.detach().cpu().contiguous() for k, v in self._tensors().items()}
         layout: dict[str, list[dict[str, object]]] = {}
-        for name, cache in (("cache", self.context.cache), ("uncond", self.context.uncond)):
-            if cache is None:
-                continue
+        for name, cache in self._caches().items():
             layout[name] = []
             for i, cohort in enumerate(cache.cohorts):
                 folds = []
@@ -212,7 +222,13 @@ class WorldState:
                         "folds": folds,
                     }
                 )
-        header = {"format": STATE_FORMAT, "world": world, "grid": self.context.grid, "layout": layout}
+        header: dict[str, object] = {
+            "format": STATE_FORMAT,
+            "world": world,
+            "grid": self.context.grid,
+            "ahead_from": self.context.ahead_from,
+            "layout": layout,
+        }
         if self.prompts is not None:
             header["prompts"] = self.prompts
         save_tensors(Path(path), tensors, {"worldmodel_state": json.dumps(header)})
@@ -258,6 +274,10 @@ class WorldState:
                 tensors.get("text"),
                 tensors.get("uncond_text"),
             )
+            ahead = cache("ahead")
+            if ahead is not None:
+                next_window = replace(context, cache=ahead, uncond=cache("ahead_uncond"))
+                context = replace(context, ahead=next_window, ahead_from=int(header["ahead_from"]))
             codec = {k.removeprefix("codec."): v for k, v in tensors.items() if k.startswith("codec.")}
             seeds, branches, forks, steps = (
                 tensors[k].cpu() for k in ("seeds", "branches", "forks", "steps")

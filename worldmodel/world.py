@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from worldmodel.checkpoint import WorldFiles, WorldSpec, read_spec, read_world
 from worldmodel.codec.base import Codec, CodecState
@@ -28,11 +28,12 @@ from worldmodel.condition.prompts import Prompts
 from worldmodel.condition.spaces import pack_actions, prompt_key, prompts_of
 from worldmodel.errors import CheckpointError, InputError, WorldModelError
 from worldmodel.flow.affine import standard_normal_log_prob
-from worldmodel.flow.deep import Context
+from worldmodel.flow.deep import Committed, Context
 from worldmodel.flow.flow import Flow
 from worldmodel.heads import Heads
 from worldmodel.invariance import MATRIX_ROWS, with_rows
 from worldmodel.noise import OBSERVE, SAMPLE, SCORE, normal, seed_tensor
+from worldmodel.packed import pack
 from worldmodel.plan import check_memory
 from worldmodel.prompted import check_captions, continued, switched, with_unconditional
 from worldmodel.published import obtain
@@ -137,6 +138,9 @@ class WorldModel:
         files: WorldFiles = read_world(path)
         flow, codec, actions, heads = files.build(device)
         prompts = files.prompts(device, prompt_cache)
+        for part in (flow, codec, actions, heads):
+            if isinstance(part, nn.Module):
+                pack(part)
         return cls(files.spec, flow, codec, actions, heads, files.starts, files.fingerprint, prompts)
 
     def with_sampling(self, sampling: Sampling) -> WorldModel:
@@ -391,17 +395,22 @@ class WorldModel:
         action: Any = None,
         sampling: Sampling | None = None,
         noise: Tensor | None = None,
+        decode: bool = True,
     ) -> tuple[WorldState, Chunk]:
         """Imagine the next chunk of every session.
 
         ``action``: (B, ...) in the world's action space, or None for no action (and the prompts that hold). A prompt that
         differs from a session's own takes its place from this chunk on, see `prompt`. ``noise``: (B, C, h, w) replaces the
-        session's own random stream, e.g. with a chunk's inferred one for a counterfactual.
+        session's own random stream, e.g. with a chunk's inferred one for a counterfactual. ``decode=False`` leaves
+        the pixels out, ``frames`` is then (B, 0, height, width, 3): for whoever plans on latents, rewards or nats. A
+        codec that decodes in a stream cannot skip a chunk.
 
         Raises:
             InputError: wrong shape, dtype or range. WorldModelError: the model returned a value that is not finite.
         """
         sampling = sampling or self.spec.sampling
+        if not decode and state.codec:
+            raise InputError("this world's codec decodes in a stream: every chunk must be decoded")
         packed, features = self._action(action, state.rows)
         state = self._told(state, action, sampling.guidance)
         self.next_frames(state)
@@ -413,19 +422,30 @@ class WorldModel:
                 f"noise has shape {tuple(noise.shape)}, expected finite {(state.rows, *self.latent_shape)}"
             )
         w = self.flow.tokens(noise[:, None].to(self.device))[:, 0]
-        context = self._room(state, sampling)
-        solved = self.flow.deep.solve(context, w, features, sampling.guidance, sampling.tolerance)
-        x, _ = self.flow.shallow_inverse(solved.v[:, None], self.grid, sampling.tolerance)
-        after, chunk = self._commit(state, context, x, features, packed, sampling.guidance)
+        context = self._room(state, sampling, reserve=False)
+        made = self.flow.imagine(
+            context,
+            w,
+            features,
+            sampling.guidance,
+            sampling.tolerance,
+            want_unconditional=features is not None,
+        )
+        after, chunk = self._advance(
+            state, context, made.context, made.x, made.u, made.log_det, made.terms, features
+        )
         latent = self.flow.latents(self._clean(after), self.grid)[:, 0]
-        frames, codec = self.codec.decode(latent[:, None], state.codec)
-        if codec:  # a codec that remembers: its encoder has to see what was imagined
-            _, codec = self.codec.encode(frames, codec)
+        codec = state.codec
+        frames = torch.empty(state.rows, 0, *self.spec.frame_size, 3, dtype=torch.uint8)
+        if decode:
+            frames, codec = self.codec.decode(latent[:, None], codec)
+            if codec:  # a codec that remembers: its encoder has to see what was imagined
+                _, codec = self.codec.encode(frames, codec)
         chunk = replace(
             self._judged(chunk, state.latent, latent, packed),
             frames=frames,
-            sweeps=solved.sweeps,
-            residual=solved.residual,
+            sweeps=made.sweeps,
+            residual=made.residual,
         )
         return replace(after, latent=latent, codec=codec), chunk
 
@@ -446,7 +466,7 @@ class WorldModel:
         noise = normal(state.seeds, state.branches, state.steps, OBSERVE, self.latent_shape)
         x = self.flow.tokens((latent + self.flow.config.noise_std * noise.to(self.device))[:, None])
         context = self._room(state, self.spec.sampling)
-        after, chunk = self._commit(state, context, x, features, packed, 0.0)
+        after, chunk = self._commit(state, context, x, features)
         if codec:  # and its decoder what was observed
             _, codec = self.codec.decode(latent[:, None], codec)
         chunk = replace(self._judged(chunk, state.latent, latent, packed), frames=pixels)
@@ -482,7 +502,7 @@ class WorldModel:
             latent = frames.to(self.device, torch.float32)
         else:
             _, latent, _ = self._encode(state, frames)
-        context = self._room(state, self.spec.sampling, reserve=False)
+        context = self._room(state, self.spec.sampling, reserve=False, look_ahead=False)
         results = []
         for draw in range(draws):
             stream = OBSERVE if draw == 0 else SCORE
@@ -491,7 +511,7 @@ class WorldModel:
                 drawn = normal(state.seeds, state.branches, state.steps, stream, self.latent_shape, draw)
             x = self.flow.tokens((latent + self.flow.config.noise_std * drawn.to(self.device))[:, None])
             reserved = self.flow.deep.reserve(context)
-            _, chunk = self._commit(state, reserved, x, features, packed, 0.0)
+            _, chunk = self._commit(state, reserved, x, features)
             self.flow.deep.release(reserved)
             results.append(chunk)
         log_prob = torch.stack([c.log_prob for c in results])
@@ -511,13 +531,13 @@ class WorldModel:
         return self.observe(state, frames, action)[1].noise
 
     def rollout(
-        self, state: WorldState, actions: Any, sampling: Sampling | None = None
+        self, state: WorldState, actions: Any, sampling: Sampling | None = None, decode: bool = True
     ) -> tuple[WorldState, list[Chunk]]:
-        """Imagine T chunks: ``actions`` (B, T, ...), or a dict of such arrays."""
+        """Imagine T chunks: ``actions`` (B, T, ...), or a dict of such arrays. ``decode``: see `step`."""
         horizon = np.shape(next(iter(actions.values())) if isinstance(actions, Mapping) else actions)[1]
         chunks = []
         for t in range(horizon):
-            state, chunk = self.step(state, _at(actions, t), sampling)
+            state, chunk = self.step(state, _at(actions, t), sampling, decode=decode)
             chunks.append(chunk)
         return state, chunks
 
@@ -615,26 +635,34 @@ class WorldModel:
             clean[rows.to(device)] = denoise(rows)
         return clean
 
-    def _room(self, state: WorldState, sampling: Sampling, reserve: bool = True) -> Context:
+    def _room(
+        self, state: WorldState, sampling: Sampling, reserve: bool = True, look_ahead: bool = True
+    ) -> Context:
         keep = self.flow.config.context if sampling.context == "reencode" else None
         context = state.context if self.prompts is None else continued(self.prompts, state)
-        context = self.flow.deep.make_room(context, keep)
+        context = self.flow.deep.make_room(context, keep, look_ahead)
         return self.flow.deep.reserve(context) if reserve else context
 
     def _commit(
+        self, state: WorldState, context: Context, x: Tensor, features: Tensor | None
+    ) -> tuple[WorldState, Chunk]:
+        """Real noisy tokens x (B, 1, N, D) to the next state and exact terms; ``context`` is reserved."""
+        u, log_det = self.flow.shallow_forward(x, self.grid)
+        after, terms = self.flow.deep.commit(context, u, features, want_unconditional=features is not None)
+        return self._advance(state, context, after, x, u, log_det, terms, features)
+
+    def _advance(
         self,
         state: WorldState,
         context: Context,
+        after: Context,
         x: Tensor,
+        u: Tensor,
+        log_det: Tensor,
+        terms: Committed,
         features: Tensor | None,
-        packed: Tensor,
-        guidance: float,
     ) -> tuple[WorldState, Chunk]:
-        """The way that imagined and real chunks share: noisy tokens x (B, 1, N, D) to the next state and exact terms."""
-        u, log_det = self.flow.shallow_forward(x, self.grid)
-        after, terms = self.flow.deep.commit(
-            context, u, features, guidance, want_unconditional=features is not None
-        )
+        """The next state and the exact density of a committed frame, imagined or real; ``context`` is the one before."""
         z = terms.model.forward(u)
         elements = standard_normal_log_prob(z) + terms.model.log_det() + log_det
         log_prob = elements.double().sum((1, 2, 3)).cpu()

@@ -4,6 +4,8 @@ prompts too.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from einops import rearrange
@@ -237,3 +239,78 @@ def test_the_first_guess_is_the_previous_frame(past: int) -> None:
     affine = FLOW.deep.clip_parameters(clip, GRID, None, features)
     assert (solution.v - Affine(*(a[:, -1] for a in affine)).inverse(noise)).abs().max() < 1e-12
     assert solution.sweeps.tolist() == [1] * ROWS
+
+
+# ---- the next window, ahead of time ------------------------------------------------------------------------------
+def spy(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Frames of every commit from here on."""
+    kept, seen = flow.deep.commit, []
+
+    def commit(context: Context, u: Tensor, *args: object, **kwargs: object) -> object:
+        seen.append(u.shape[1])
+        return kept(context, u, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(flow.deep, "commit", commit)
+    return seen
+
+
+@pytest.mark.parametrize(("keep", "most"), [(2, 2), (4, 2), (6, 3), (7, 7)])
+@pytest.mark.parametrize("text", [None, TEXT], ids=["plain", "text"])
+def test_steps_share_the_next_window_evenly(
+    keep: int, most: int, text: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of 8 restart every 8 - keep steps, each of which encodes its share of the kept frames, two at the least.
+
+    Those with a condition, which may change, encode all at once.
+    """
+    flow = flow64(seed=6, window=8, context=6, **({} if text is None else {"text_tokens": 3, "text_dim": 5}))
+    u, features = frames(40)
+    seen = spy(flow, monkeypatch)
+    _, terms = stream(flow, u, features, keep, text, window=8)
+    assert max(seen) == (most if text is None else keep)
+    restarts = 1 + (39 - 8) // (8 - keep)
+    assert 40 + restarts * keep <= sum(seen) <= 40 + (restarts + 1) * keep
+    # and the maps are those of sessions that encode all at once
+    context = flow.deep.start(ROWS, GRID, 8, text, UNCOND if text is not None else None, features=3)
+    for t in range(40):
+        context = flow.deep.reserve(flow.deep.make_room(context, keep, look_ahead=False))
+        context, committed = flow.deep.commit(context, u[:, t : t + 1], features[:, t : t + 1])
+        assert difference(terms[t], committed.model) < 1e-12
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [1, 0, 1]], ids=str)
+def test_the_next_window_is_forked_selected_and_joined_with_its_session(rows: list[int]) -> None:
+    """However a batch was put together, its restart equals that of sessions that encode all at once."""
+    u, features = frames(WINDOW + 2)
+    parts = []
+    for row, length in enumerate((WINDOW, WINDOW - 1)):  # the first is full; both have begun the next window
+        one = slice(row, row + 1)
+        parts.append(stream(FLOW, u[one, :length], features[one, :length], KEEP)[0])
+        assert parts[-1].ahead is not None
+    batch = Context.concat(parts).fork(2).select([0, 2]).select(rows)
+    made = FLOW.deep.make_room(batch, KEEP)
+    for slot, row in enumerate(rows):
+        plain = FLOW.deep.make_room(replace(parts[row], ahead=None), KEEP, look_ahead=False)
+        mine = made.select([slot])
+        assert mine.frames == plain.frames
+        caches = (
+            torch.cat([s.kv for s in c.cache.cohorts[0].segments if s.tokens], dim=-2) for c in (mine, plain)
+        )
+        a, b = caches
+        assert (a - b).abs().max() < 1e-12
+        assert torch.equal(mine.u, parts[row].u)
+
+
+def test_another_rule_or_length_of_context_begins_the_next_window_again() -> None:
+    u, features = frames(WINDOW)
+    context, _ = stream(FLOW, u, features, KEEP)
+    for keep in (1, 3):
+        again = FLOW.deep.make_room(context, keep)
+        fresh = FLOW.deep.make_room(replace(context, ahead=None), keep)
+        assert again.frames == fresh.frames == [keep] * ROWS
+        a, b = (torch.cat([s.kv for s in c.cache.cohorts[0].segments], dim=-2) for c in (again, fresh))
+        assert (a - b).abs().max() < 1e-12
+    rolled = FLOW.deep.make_room(context, None)
+    assert rolled.ahead is None and rolled.frames == [WINDOW - 1] * ROWS
+    back = FLOW.deep.make_room(replace(rolled, u=context.u), KEEP)  # positions have moved; nothing is shared
+    assert back.frames == [WINDOW - 1] * ROWS

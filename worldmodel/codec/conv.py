@@ -19,6 +19,7 @@ from worldmodel.codec.base import CodecState
 from worldmodel.errors import CheckpointError, ConfigError, InputError
 from worldmodel.files import load_tensors, require_at_least, save_tensors
 from worldmodel.invariance import PICTURES, with_rows
+from worldmodel.packed import PointConv2d, is_packed
 
 PIXEL_SCALE = 128.0
 
@@ -82,20 +83,6 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, h, w) to the same."""
         return x + self.second(F.silu(self.first(F.silu(self.norm(x)))))
-
-
-class PointConv2d(nn.Conv2d):
-    """A 1x1 convolution as one matrix product over pixels, whose rows do not depend on how many there are.
-
-    Kernels for 1x1 convolutions split their sums by batch size, so that a picture's rounding would depend on its batch.
-    """
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, h, w) to (B, outputs, h, w), channels last."""
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def _conv(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
@@ -174,6 +161,9 @@ class ConvCodec(nn.Module):
         """An empty state: nothing is remembered between chunks."""
         return {}
 
+    def _pictures(self, layers: nn.Module) -> int:
+        return 1 if is_packed(layers) else PICTURES
+
     def to_input(self, chunks: Tensor) -> Tensor:
         """Chunks (B, F, height, width, 3) uint8, less the background, as (B, 3F, height, width)."""
         pixels = rearrange(chunks.float(), "B F height width c -> B F c height width")
@@ -207,7 +197,7 @@ class ConvCodec(nn.Module):
             raise InputError(f"frames have dtype {frames.dtype}, expected uint8 RGB from 0 to 255")
         batch = len(frames)
         chunks = rearrange(frames, "B (T F) height width c -> (B T) F height width c", F=self.config.frames)
-        latents = with_rows(PICTURES, lambda x: self.encoder(self.to_input(x)), chunks)
+        latents = with_rows(self._pictures(self.encoder), lambda x: self.encoder(self.to_input(x)), chunks)
         latents = (latents - self.latent_mean) / self.latent_std
         return rearrange(latents.contiguous(), "(B T) C h w -> B T C h w", B=batch), state
 
@@ -226,7 +216,7 @@ class ConvCodec(nn.Module):
             )
         batch = len(latents)
         rows = rearrange(latents, "B T C h w -> (B T) C h w").contiguous(memory_format=torch.channels_last)
-        chunks = with_rows(PICTURES, lambda x: self.to_pixels(self.decoder(x)), rows)
+        chunks = with_rows(self._pictures(self.decoder), lambda x: self.to_pixels(self.decoder(x)), rows)
         return rearrange(chunks, "(B T) F height width c -> B (T F) height width c", B=batch), state
 
 

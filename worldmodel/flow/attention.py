@@ -1,7 +1,13 @@
-"""Attention of a run of new tokens over a cached past: rotary, fused kernels, no copy of what is shared."""
+"""Attention: over whole sequences, and of a run of new tokens over a cached past, with no copy of what is shared.
+
+A run is one pass of new tokens through the layers. Its tokens may lie in several *streams*, which share the past and
+not each other: the same tokens under the action and under none.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -9,8 +15,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from worldmodel.flow.cache import Cohort, KVCache
+from worldmodel.flow.cache import Cohort
 from worldmodel.flow.rope import Rotary, rotate
+from worldmodel.packed import Linear
+
+MERGED_RUN = 64
+"""Runs of at least so many tokens attend to the past without a mask, and the two softmaxes are merged."""
 
 
 @lru_cache(maxsize=128)
@@ -19,39 +29,125 @@ def lower_right_causal(run: int, total: int, device: torch.device) -> Tensor:
     return torch.ones(run, total, dtype=torch.bool, device=device).tril(total - run)
 
 
+@lru_cache(maxsize=512)
+def stream_mask(
+    past: int, tokens: int, streams: int, start: int, stop: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What is added to logits (streams * R, past + streams * tokens), 0 or -inf, for tokens ``start:stop`` (R of them).
+
+    Slots are stream-major. A token sees the past and, in its own stream, itself and what is before it.
+    """
+    own = torch.ones(tokens, tokens, dtype=torch.bool).tril()[start:stop]
+    sees = torch.block_diag(*([own] * streams)).bool()
+    sees = torch.cat((torch.ones(len(sees), past, dtype=torch.bool), sees), dim=1)
+    return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, float("-inf")).to(device)
+
+
+class Room:
+    """The K/V of one cohort as runs see them: shared segments, and the past plus ``slots`` reserved slots of its own.
+
+    Where passes fill the slots bit by bit, ``clear`` them first: a masked key counts nothing, unless it is not a number.
+    """
+
+    def __init__(self, cohort: Cohort, slots: int, clear: bool = False) -> None:
+        *shared, tail = cohort.segments
+        self.rows, self.past = cohort.rows, tail.tokens
+        kv = tail.page.kv[:, :, :, :, tail.start : tail.stop + slots]
+        self.own = [layer.unbind(0) for layer in kv.unbind(0)]
+        self.slots = kv[..., tail.tokens :, :]
+        if clear:
+            self.slots.zero_()
+        self.shared = [(s.fold, [layer.unbind(0) for layer in s.kv.unbind(0)]) for s in shared]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run's rows of one cohort. slots: per layer (2, B, H, streams, R, K), where K/V go. mask: see `stream_mask`;
+    None for a causal run at the end of the reserved slots.
+    """
+
+    room: Room
+    slots: Sequence[Tensor]
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens ``start:stop`` of every stream of a frame or more. turns: unit complex numbers (R, K / 2) or
+    (B, R, K / 2), see `rope.turns`.
+    """
+
+    parts: Sequence[Part]
+    turns: Tensor
+    streams: int
+
+
+def plan_run(rooms: Sequence[Room], turns: Tensor, tokens: int, streams: int, start: int, stop: int) -> Run:
+    """The pass over tokens ``start:stop`` of ``tokens`` in each of ``streams`` streams."""
+    parts = []
+    for room in rooms:
+        slots = room.slots.unflatten(-2, (streams, tokens))[..., start:stop, :].unbind(0)
+        k = room.own[0][0]
+        whole = streams == 1 and start == 0 and stop == tokens
+        mask = None
+        if not whole or tokens < MERGED_RUN:
+            mask = stream_mask(room.past, tokens, streams, start, stop, k.dtype, k.device)
+        parts.append(Part(room, slots, mask))
+    turns = turns.repeat((1,) * (turns.ndim - 2) + (streams, 1)) if streams > 1 else turns
+    return Run(parts, turns[..., None, None, :], streams)
+
+
 def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _attend_cohort(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor, cohort: Cohort, layer: int) -> Tensor:
-    """Run of one cohort: its K/V go into the reserved slots, then attention over past + run (causal in the run)."""
-    run = q_BHNK.shape[2]
-    *shared, tail = cohort.segments
-    kv = tail.page.kv[layer]
-    kv[0, :, :, tail.stop : tail.stop + run] = k_BHNK
-    kv[1, :, :, tail.stop : tail.stop + run] = v_BHNK
-    k, v = kv[:, :, :, tail.start : tail.stop + run].unbind(0)
-    q = q_BHNK.to(k.dtype)
-    mask = lower_right_causal(run, k.shape[2], q.device)
-    if not shared:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if run == 1 else mask).to(q_BHNK.dtype)
-    # forks: stored rows serve `fold` rows each, so queries fold into the sequence axis; one softmax over all parts
-    scale = q.shape[-1] ** -0.5
-    parts = []
-    for segment in shared:
-        k_past, _ = segment.layer(layer)
-        folded = rearrange(q, "(b f) h n k -> b h (f n) k", f=segment.fold)
-        logits = _at_least_float32(folded @ k_past.mT) * scale
-        parts.append(rearrange(logits, "b h (f n) s -> (b f) h n s", f=segment.fold))
-    parts.append((_at_least_float32(q @ k.mT) * scale).masked_fill(~mask, float("-inf")))
-    weights = torch.cat(parts, dim=-1).softmax(dim=-1).to(v.dtype)
-    *past_weights, own = weights.split([p.shape[-1] for p in parts], dim=-1)
-    out = own @ v
-    for segment, w in zip(shared, past_weights, strict=True):
-        _, v_past = segment.layer(layer)
-        folded = rearrange(w, "(b f) h n s -> b h (f n) s", f=segment.fold)
-        out = out + rearrange(folded @ v_past, "b h (f n) k -> (b f) h n k", f=segment.fold)
-    return out.to(q_BHNK.dtype)
+def _partial(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Attention over some of the keys, (B, H, R, K), and its log-sum-exp (B, H, R, 1)."""
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=mask
+        )
+        return out, lse[..., None]
+    if mask is None and q.dtype in (torch.bfloat16, torch.float16):
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+        return out, lse[..., None]
+    logits = _at_least_float32(q @ k.mT) * q.shape[-1] ** -0.5
+    if causal:
+        logits = logits.masked_fill(~lower_right_causal(q.shape[2], k.shape[2], q.device), float("-inf"))
+    elif mask is not None:
+        logits = logits + mask
+    lse = logits.logsumexp(-1, keepdim=True)
+    return (logits - lse).exp().to(v.dtype) @ v, lse
+
+
+def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """One softmax over the keys of both."""
+    share = torch.sigmoid(b[1] - a[1])
+    return torch.lerp(a[0].to(share.dtype), b[0].to(share.dtype), share), torch.logaddexp(a[1], b[1])
+
+
+def _attend(q_BHRK: Tensor, part: Part, layer: int) -> Tensor:
+    """Queries of one cohort's run over its past and itself, (B, H, R, K)."""
+    room = part.room
+    k, v = room.own[layer]
+    q = q_BHRK.to(k.dtype)
+    if not room.shared and part.mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=part.mask)
+    if part.mask is not None:
+        result = _partial(q, k, v, part.mask)
+    else:
+        result = _partial(q, k[:, :, room.past :], v[:, :, room.past :], None, causal=True)
+        if room.past:
+            result = _merge(result, _partial(q, k[:, :, : room.past], v[:, :, : room.past], None))
+    for fold, layers in room.shared:
+        folded = rearrange(q, "(b f) h n k -> b h (f n) k", f=fold)
+        k_past, v_past = layers[layer]
+        out, lse = _partial(folded, k_past, v_past, None)
+        back = [rearrange(x, "b h (f n) k -> (b f) h n k", f=fold) for x in (out, lse)]
+        result = _merge(result, (back[0], back[1]))
+    return result[0]
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -63,39 +159,49 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
 
 
 class Attention(nn.Module):
-    """Pre-norm multi-head attention with biases; RoPE on q and k after projection; scale ``K ** -0.5``."""
+    """Pre-norm multi-head attention with biases, its residual included; RoPE on q and k after projection; scale
+    ``K ** -0.5``.
+    """
 
     def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
         self.heads = width // head_dim
         self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
 
-    def forward(
-        self, x_BSD: Tensor, rotary: Rotary, mask: Tensor | str, past: KVCache | None, layer: int
-    ) -> Tensor:
-        """Attention output (B, S, D).
-
-        Without ``past``: ``mask`` is "causal", "full", or a boolean (S, S), True = attend. With ``past`` the run is
-        causal and its K/V are written into the slots that the cohorts have reserved.
-        """
+    def forward(self, x_BSD: Tensor, rotary: Rotary, mask: Tensor | str) -> Tensor:
+        """Whole sequences (B, S, D). ``mask`` is "causal", "full", or a boolean (S, S), True = attend."""
         q, k, v = rearrange(
             self.qkv(self.norm(x_BSD)), "b s (three h k) -> three b h s k", three=3, h=self.heads
         )
         q, k = rotate(q, rotary), rotate(k, rotary)
-        if past is None:
-            causal = isinstance(mask, str) and mask == "causal"
-            dense = mask if isinstance(mask, Tensor) else None
-            if q.requires_grad and q.device.type == "cpu":
-                run = q.shape[2]
-                out = _plain_attention(q, k, v, lower_right_causal(run, run, q.device) if causal else dense)
-            else:
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=dense, is_causal=causal)
-        elif len(past.cohorts) == 1:
-            out = _attend_cohort(q, k, v, past.cohorts[0], layer)
+        causal = isinstance(mask, str) and mask == "causal"
+        dense = mask if isinstance(mask, Tensor) else None
+        if q.requires_grad and q.device.type == "cpu":
+            run = q.shape[2]
+            out = _plain_attention(q, k, v, lower_right_causal(run, run, q.device) if causal else dense)
         else:
-            rows = [c.rows for c in past.cohorts]
-            runs = zip(q.split(rows), k.split(rows), v.split(rows), past.cohorts, strict=True)
-            out = torch.cat([_attend_cohort(*run, layer) for run in runs])
-        return self.out(rearrange(out, "b h s k -> b s (h k)"))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=dense, is_causal=causal)
+        return self.out.plus(rearrange(out, "b h s k -> b s (h k)"), x_BSD)
+
+    def extend(self, x_BRD: Tensor, run: Run, layer: int) -> Tensor:
+        """A run (B, streams * R, D) behind the cached past; its K/V go into the run's slots. Inference only."""
+        rows, tokens = x_BRD.shape[:2]
+        y = _at_least_float32(self.qkv(self.norm(x_BRD))).view(rows, tokens, 3, self.heads, -1, 2)
+        torch.view_as_complex(y)[:, :, :2].mul_(run.turns)
+        q, kv = y.flatten(-2).split((1, 2), dim=2)
+        q = q.squeeze(2).transpose(1, 2)
+        kv = kv.unflatten(1, (run.streams, -1)).permute(3, 0, 4, 1, 2, 5)
+        if len(run.parts) == 1:
+            part = run.parts[0]
+            part.slots[layer].copy_(kv)
+            out = _attend(q, part, layer)
+        else:
+            sizes = [part.room.rows for part in run.parts]
+            outs = []
+            for part, q_part, kv_part in zip(run.parts, q.split(sizes), kv.split(sizes, dim=1), strict=True):
+                part.slots[layer].copy_(kv_part)
+                outs.append(_attend(q_part, part, layer))
+            out = torch.cat(outs)
+        return self.out.plus(out.transpose(1, 2).flatten(2).to(x_BRD.dtype), x_BRD)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from worldmodel.flow.affine import Affine, affine_from_head
-from worldmodel.flow.attention import Attention
-from worldmodel.flow.cache import KVCache
+from worldmodel.flow.attention import Attention, Room, Run, plan_run
+from worldmodel.flow.cache import Cohort, KVShape
 from worldmodel.flow.order import reorder
-from worldmodel.flow.rope import Rotary, frame_rotary
+from worldmodel.flow.rope import Rotary, frame_rotary, frame_turns
+from worldmodel.packed import Linear
 
 
 class MLP(nn.Module):
@@ -24,13 +25,12 @@ class MLP(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.act = nn.GELU()
-        self.down = nn.Linear(4 * width, width)
+        self.up = Linear(width, 4 * width)
+        self.down = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
-        return self.down(self.act(self.up(self.norm(x))))
+        """(..., D) to (..., D), the residual included."""
+        return self.down.plus(self.up.gelu(self.norm(x)), x)
 
 
 class Layer(nn.Module):
@@ -79,12 +79,12 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.proj_in = nn.Linear(inputs, width)
-        self.proj_text = nn.Linear(text_dim, width) if text_dim else None
-        self.proj_action = nn.Linear(action_dim, width, bias=False) if action_dim else None
+        self.proj_in = Linear(inputs, width)
+        self.proj_text = Linear(text_dim, width) if text_dim else None
+        self.proj_action = Linear(action_dim, width, bias=False) if action_dim else None
         self.layers = nn.ModuleList(Layer(width, head_dim) for _ in range(layers))
         self.final_norm = FinalNorm(width) if final_norm else nn.Identity()
-        self.proj_out = nn.Linear(width, outputs)
+        self.proj_out = Linear(width, outputs)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
         if self.proj_action is not None:
@@ -103,14 +103,18 @@ class Transformer(nn.Module):
         assert self.proj_text is not None
         return self.proj_text(text.to(self.proj_text.weight.dtype))
 
-    def run(
-        self, x: Tensor, rotary: Rotary, mask: Tensor | str = "causal", past: KVCache | None = None
-    ) -> Tensor:
-        """The layers alone: hidden states (B, S, D) to (B, S, D). See `Attention.forward` for mask and past."""
+    def run(self, x: Tensor, rotary: Rotary, mask: Tensor | str = "causal") -> Tensor:
+        """The layers alone, over whole sequences: hidden states (B, S, D) to (B, S, D). ``mask``: see `Attention`."""
+        for module in self.layers:
+            layer = cast(Layer, module)
+            x = layer.mlp(layer.attention(x, rotary, mask))
+        return x
+
+    def extend(self, x: Tensor, run: Run) -> Tensor:
+        """The layers alone, over a run behind a cached past: hidden states (B, R, D) to (B, R, D)."""
         for index, module in enumerate(self.layers):
             layer = cast(Layer, module)
-            x = x + layer.attention(x, rotary, mask, past, index)
-            x = x + layer.mlp(x)
+            x = layer.mlp(layer.attention.extend(x, run, index))
         return x
 
     def head(self, x: Tensor) -> Tensor:
@@ -151,6 +155,29 @@ class Block(nn.Module):
         rotary = frame_rotary(grid, 0, 1, self.scale, self.transformer.head_dim, v.device)
         x = self.transformer.run(self.transformer.embed(self.shifted(v), None), rotary)
         return affine_from_head(self.transformer.head(x), self.soft_clip)
+
+    def kv_shape(self) -> KVShape:
+        """The shape of this block's K/V pages."""
+        t = self.transformer
+        own = cast(Layer, t.layers[0]).attention.heads  # this process's, where heads are spread over several
+        return KVShape(len(t.layers), own, t.head_dim, self.sos.dtype, self.sos.device)
+
+    def invert_frame(self, w: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Invert one frame alone, token by token: w (B, N, D) to v and the elementwise log-determinant, all raster."""
+        t = self.transformer
+        rows, tokens = w.shape[:2]
+        rooms = [Room(Cohort(rows, 0, 0, ()).reserve(self.kv_shape(), tokens, tokens), tokens, clear=True)]
+        turns = frame_turns(grid, 0, 1, self.scale, t.head_dim, w.device)
+        own, token = self.to_own(w), self.sos.to(w.dtype).expand(rows, 1, -1)
+        solved, sigmas = [], []
+        for i in range(tokens):
+            run = plan_run(rooms, turns[i : i + 1], tokens, 1, i, i + 1)
+            affine = affine_from_head(t.head(t.extend(t.embed(token, None), run)), self.soft_clip)
+            token = affine.inverse(own[:, i : i + 1])
+            solved.append(token)
+            sigmas.append(affine.sigma)
+        v, sigma = (self.to_raster(torch.cat(each, dim=1)) for each in (solved, sigmas))
+        return v, -torch.log(sigma)
 
     def to_own(self, tokens: Tensor) -> Tensor:
         """Raster order (..., N, D) to the block's own."""

@@ -1,7 +1,8 @@
 """The deep block: the one autoregressive map that looks across frames and at conditions.
 
-Three ways through it, one set of weights: a whole clip in one pass (training, density), a frame solved by Jacobi with
-the past in the K/V cache (`solve`), and one causal pass over accepted tokens that writes exact K/V (`commit`).
+Ways through it, one set of weights: a whole clip in one pass (training, density); with the past in the K/V cache, a
+frame of few tokens inverted one by one, whose K/V are then exact as they stand (`invert`), or a frame of many tokens
+solved by Jacobi (`solve`) followed by one causal pass over the accepted tokens that writes exact K/V (`commit`).
 `Context` is everything the block remembers, as a frozen record.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from einops import rearrange
@@ -17,10 +17,26 @@ from torch import Tensor
 
 from worldmodel.errors import InputError
 from worldmodel.flow.affine import Affine, affine_from_head, guide
-from worldmodel.flow.block import Block, Layer
-from worldmodel.flow.cache import Cohort, KVCache, KVShape
+from worldmodel.flow.attention import Room, plan_run
+from worldmodel.flow.block import Block
+from worldmodel.flow.cache import Cohort, KVCache
 from worldmodel.flow.jacobi import Solution, jacobi, sequential
-from worldmodel.flow.rope import Rotary, concat_rotary, frame_rotary, text_rotary
+from worldmodel.flow.rope import (
+    Rotary,
+    concat_rotary,
+    frame_rotary,
+    frame_turns,
+    text_rotary,
+    turns,
+)
+
+AHEAD = 2
+"""Least number of the next window's frames that are encoded at a time: one by one they would cost more passes."""
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    """Where each row is to be found in a batch of rows in this order."""
+    return sorted(range(len(order)), key=order.__getitem__)
 
 
 def repeat_rows(x: Tensor, n: int) -> Tensor:
@@ -35,7 +51,9 @@ class Context:
     cache, uncond: K/V under the condition, and under the empty prompt (only where prompts are guided).
     u: (B, W, N, D) the last W = window deep-block inputs, raster order, right-aligned (older ones are zero).
     features: (B, W, E) action features of the same frames, or None. text, uncond_text: (B, L, text_dim) or None.
-    grid: tokens (h, w) of a frame.
+    grid: tokens (h, w) of a frame. ahead: the next window's context, so far as its frames are known: built a little at a
+    time, so that no step has to encode it at once (None until it is begun, and where windows roll); ahead_from: which
+    frame of this window, when full, is the next one's first.
     """
 
     grid: tuple[int, int]
@@ -45,6 +63,8 @@ class Context:
     features: Tensor | None
     text: Tensor | None
     uncond_text: Tensor | None
+    ahead: Context | None = None
+    ahead_from: int = 0
 
     @property
     def frames(self) -> list[int]:
@@ -70,6 +90,8 @@ class Context:
             again(self.features),
             again(self.text),
             again(self.uncond_text),
+            None if self.ahead is None else self.ahead.fork(n),
+            self.ahead_from,
         )
 
     def select(self, rows: Sequence[int]) -> Context:
@@ -87,6 +109,8 @@ class Context:
             pick(self.features),
             pick(self.text),
             pick(self.uncond_text),
+            None if self.ahead is None else self.ahead.select(rows),
+            self.ahead_from,
         )
 
     @staticmethod
@@ -109,6 +133,7 @@ class Context:
             return None if values[0] is None else torch.cat(values)
 
         unconds = [p.uncond for p in parts if p.uncond is not None]
+        aheads = [p.ahead for p in parts if p.ahead is not None and p.ahead_from == parts[0].ahead_from]
         return Context(
             parts[0].grid,
             KVCache.concat(p.cache for p in parts),
@@ -117,6 +142,8 @@ class Context:
             join("features"),
             join("text"),
             join("uncond_text"),
+            Context.concat(aheads) if len(aheads) == len(parts) else None,
+            parts[0].ahead_from,
         )
 
 
@@ -202,14 +229,6 @@ class DeepBlock(Block):
             uncond_text,
         )
 
-    def kv_shape(self) -> KVShape:
-        """The shape of this block's K/V pages."""
-        t = self.transformer
-        heads = cast(
-            Layer, t.layers[0]
-        ).attention.heads  # this process's own, where heads are spread over several
-        return KVShape(len(t.layers), heads, t.head_dim, self.sos.dtype, self.sos.device)
-
     def _begin(self, rows: int, text: Tensor | None, first: int, room: int) -> KVCache:
         cohort = Cohort(rows, 0, first, ())
         if text is None:
@@ -218,7 +237,7 @@ class DeepBlock(Block):
         cohort = cohort.reserve(self.kv_shape(), length, length + room)
         t = self.transformer
         rotary = text_rotary(length, first, self.scale, t.head_dim, text.device)
-        t.run(t.embed_text(text), rotary, past=KVCache((cohort,)))
+        t.extend(t.embed_text(text), plan_run([Room(cohort, length)], turns(rotary), length, 1, 0, length))
         return KVCache((replace(cohort.extended(length, 0), prefix=length),))
 
     def reserve(self, context: Context, frames: int = 1) -> Context:
@@ -243,23 +262,25 @@ class DeepBlock(Block):
             for cohort in cache.cohorts if cache is not None else ():
                 cohort.release(frames * context.u.shape[2])
 
-    def _run(self, v: Tensor, context: Context, cache: KVCache, features: Tensor | None) -> Affine:
-        """Affine parameters of a run v (B, frames * N, D) behind the cached past."""
-        t = self.transformer
-        frames = v.shape[1] // context.u.shape[2]
+    def _turns(self, context: Context, cache: KVCache, frames: int) -> Tensor:
+        """Rotations of the next ``frames`` frames: (frames * N, K / 2), or with a leading B where rows differ."""
+        head_dim, device = self.transformer.head_dim, context.u.device
         tables = [
-            frame_rotary(context.grid, c.next_position, frames, self.scale, t.head_dim, v.device)
+            frame_turns(context.grid, c.next_position, frames, self.scale, head_dim, device)
             for c in cache.cohorts
         ]
         if all(table is tables[0] for table in tables):
-            rotary = tables[0]
-        else:
-            each = [x for x, c in zip(tables, cache.cohorts, strict=True) for _ in range(c.rows)]
-            rotary = Rotary(
-                torch.stack([x.cos for x in each])[:, None], torch.stack([x.sin for x in each])[:, None]
-            )
-        x = t.embed(self.shifted(v, self._before(context)), _spread(features, context.u.shape[2]))
-        return affine_from_head(t.head(t.run(x, rotary, past=cache)), self.soft_clip)
+            return tables[0]
+        return torch.stack([x for x, c in zip(tables, cache.cohorts, strict=True) for _ in range(c.rows)])
+
+    def _run(self, v: Tensor, context: Context, cache: KVCache, features: Tensor | None) -> Affine:
+        """Affine parameters of a run v (B, frames * N, D) behind the cached past."""
+        t = self.transformer
+        per_frame, tokens = context.u.shape[2], v.shape[1]
+        rooms = [Room(c, tokens) for c in cache.cohorts]
+        run = plan_run(rooms, self._turns(context, cache, tokens // per_frame), tokens, 1, 0, tokens)
+        x = t.embed(self.shifted(v, self._before(context)), _spread(features, per_frame))
+        return affine_from_head(t.head(t.extend(x, run)), self.soft_clip)
 
     def _before(self, context: Context) -> Tensor:
         """The token before the run, (B, 1, D): the last one of the last frame, or SOS where there is none."""
@@ -278,6 +299,69 @@ class DeepBlock(Block):
         The past's actions stay: what is left out is what this chunk is told.
         """
         return self._run(v, context, context.cache if context.uncond is None else context.uncond, None)
+
+    def invert(
+        self,
+        context: Context,
+        w: Tensor,
+        features: Tensor | None,
+        guidance: float = 0.0,
+        want_unconditional: bool = False,
+    ) -> tuple[Context, Tensor, Committed]:
+        """Invert one frame token by token: noise w (B, N, D) to u (B, N, D), both raster, exactly, and committed.
+
+        Each pass adds one token to the K/V and yields its affine map, so no pass comes after the last token. Passes
+        under the condition and under none (see `commit`) run as two streams of one. ``features`` (B, 1, E).
+        ``context`` must be reserved for two frames; the second one's slots are scratch.
+        """
+        t = self.transformer
+        tokens = w.shape[1]
+        both = context.uncond is not None or guidance != 0 or want_unconditional
+        streams = 2 if both and context.uncond is None else 1
+        caches = [context.cache] if context.uncond is None else [context.cache, context.uncond]
+        rooms = [[Room(c, streams * tokens, clear=True) for c in cache.cohorts] for cache in caches]
+        turns = [self._turns(context, cache, 1) for cache in caches]
+        action = None
+        if t.proj_action is not None and features is not None:
+            action = t.proj_action(features.to(t.proj_action.weight.dtype))
+        own, token = self.to_own(w), self._before(context)
+        tokens_out, maps = [], []
+        for i in range(tokens):
+            plain = t.embed(token, None)
+            x = plain if action is None else plain + action
+            inputs = [torch.cat((x, plain), dim=1)] if streams == 2 else [x, plain][: len(caches)]
+            outputs = [
+                t.extend(y, plan_run(r, z[..., i : i + 1, :], tokens, streams, i, i + 1))
+                for y, r, z in zip(inputs, rooms, turns, strict=True)
+            ]
+            affine = affine_from_head(
+                t.head(torch.cat(outputs, dim=1) if both else outputs[0]), self.soft_clip
+            )
+            model = Affine(*(a[:, :1] for a in affine))
+            uncond = Affine(*(a[:, 1:] for a in affine)) if both else None
+            guided = guide(model, uncond, guidance) if uncond is not None and guidance != 0 else None
+            token = (model if guided is None else guided).inverse(own[:, i : i + 1])
+            tokens_out.append(token)
+            maps.append((model, uncond, guided))
+        solved = torch.cat(tokens_out, dim=1)
+        if context.uncond is not None and features is not None:
+            self._run(solved, context, context.uncond, features)  # as in `commit`: that past has this action
+        u = self.to_raster(solved)
+        after = self._extended(context, u[:, None], features)
+        self.release(after)
+
+        def together(index: int) -> Affine | None:
+            each = [m[index] for m in maps]
+            known = [a for a in each if a is not None]
+            if not known:
+                return None
+            return Affine(
+                *(self.to_raster(torch.cat([a[j] for a in known], dim=1))[:, None] for j in range(2))
+            )
+
+        model_map = together(0)
+        assert model_map is not None
+        return after, u, Committed(model_map, together(1), together(2))
 
     def solve(
         self,
@@ -329,7 +413,6 @@ class DeepBlock(Block):
         ``context`` must be reserved for as many frames; ``features`` (B, frames, E). The pass under no condition runs
         where a cache of its own must be kept up, where guidance needs it, or where it is asked for.
         """
-        frames = u.shape[1]
         v = rearrange(self.to_own(u), "b t n d -> b (t n) d")
         uncond = None
         if context.uncond is not None or guidance != 0 or want_unconditional:
@@ -339,20 +422,7 @@ class DeepBlock(Block):
         model = self._run(v, context, context.cache, features)
         guided = guide(model, uncond, guidance) if uncond is not None and guidance != 0 else None
 
-        def extend(cache: KVCache) -> KVCache:
-            return KVCache(tuple(c.extended(v.shape[1], frames) for c in cache.cohorts))
-
-        history = context.features
-        if history is not None:
-            new = history.new_zeros(len(u), frames, history.shape[-1]) if features is None else features
-            history = torch.cat((history, new.to(history.dtype)), dim=1)[:, -context.window :]
-        after = replace(
-            context,
-            cache=extend(context.cache),
-            uncond=None if context.uncond is None else extend(context.uncond),
-            u=torch.cat((context.u, u), dim=1)[:, -context.window :],
-            features=history,
-        )
+        after = self._extended(context, u, features)
         tokens = u.shape[2]
         terms = Committed(
             self._raster(model, tokens),
@@ -361,25 +431,63 @@ class DeepBlock(Block):
         )
         return after, terms
 
+    def _extended(self, context: Context, u: Tensor, features: Tensor | None) -> Context:
+        """The context after u (B, frames, N, D), whose K/V lie in the reserved slots."""
+        frames = u.shape[1]
+
+        def extend(cache: KVCache) -> KVCache:
+            return KVCache(tuple(c.extended(frames * u.shape[2], frames) for c in cache.cohorts))
+
+        history = context.features
+        if history is not None:
+            new = history.new_zeros(len(u), frames, history.shape[-1]) if features is None else features
+            history = torch.cat((history, new.to(history.dtype)), dim=1)[:, -context.window :]
+        return replace(
+            context,
+            cache=extend(context.cache),
+            uncond=None if context.uncond is None else extend(context.uncond),
+            u=torch.cat((context.u, u), dim=1)[:, -context.window :],
+            features=history,
+        )
+
     # ---- the window -----------------------------------------------------------------------------------------------
-    def make_room(self, context: Context, keep: int | None) -> Context:
+    def make_room(self, context: Context, keep: int | None, look_ahead: bool = True) -> Context:
         """A context in which every row has room for one more frame.
 
         ``keep`` frames (at most ``window - 1``): a full row restarts from its last ``keep`` u with positions from 0
-        (STARFlow-V's rule for long videos). ``None``: rolling, the oldest frame is evicted and the others keep their K/V.
+        (STARFlow-V's rule for long videos). Their K/V are made ready a few frames at a time as they become known, or at
+        once if ``look_ahead`` is False or there is a condition, which may change any time. ``None``: rolling, the oldest
+        frame is evicted and the others keep their K/V.
         """
-        full = [c.frames >= context.window for c in context.cache.cohorts]
+        full = [f >= context.window for f in context.frames]
+        if keep is None:
+            return self._roll(replace(context, ahead=None)) if any(full) else context
+        keep = min(keep, context.window - 1)
+        if context.text is not None:
+            return self._restarted(context, keep) if any(full) else context
+        if not look_ahead and not any(full):
+            return context
+        begin = context.window - keep
+        context = replace(context, ahead=self._look_ahead(context, begin), ahead_from=begin)
+        assert context.ahead is not None
         if not any(full):
             return context
-        if keep is None:
-            return self._roll(context)
-        keep = min(keep, context.window - 1)
         if all(full):
+            return context.ahead
+        some = [row for row, is_full in enumerate(full) if is_full]
+        others = [row for row, is_full in enumerate(full) if not is_full]
+        restarted = context.ahead.select(some)
+        restarted = replace(restarted, ahead=self._fresh(restarted), ahead_from=begin)
+        return Context.concat((restarted, context.select(others))).select(_inverse([*some, *others]))
+
+    def _restarted(self, context: Context, keep: int) -> Context:
+        """Rows whose window is full restart from their last ``keep`` u; the others are as they were."""
+        if all(f >= context.window for f in context.frames):
             return self.reencode(context, keep)
         parts, row = [], 0
-        for cohort, is_full in zip(context.cache.cohorts, full, strict=True):
+        for cohort in context.cache.cohorts:
             part = context.select(range(row, row + cohort.rows))
-            parts.append(self.reencode(part, keep) if is_full else part)
+            parts.append(self.reencode(part, keep) if cohort.frames >= context.window else part)
             row += cohort.rows
         return Context.concat(parts)
 
@@ -398,6 +506,56 @@ class DeepBlock(Block):
             features = None if history is None else history[:, -keep:]
             fresh, _ = self.commit(self.reserve(fresh, keep), context.u[:, -keep:], features)
         return replace(fresh, u=context.u, features=history)
+
+    def _look_ahead(self, context: Context, begin: int) -> Context:
+        """The next window's context, with so many of its frames (this window's from ``begin`` on) that steady steps
+        complete it when this one is full: at most ``keep / begin`` a step, rounded up, or `AHEAD` where that is less.
+        """
+        window, keep = context.window, context.window - begin
+        ahead = context.ahead
+        if ahead is None or context.ahead_from != begin:
+            ahead = self._fresh(context)
+        ahead = replace(ahead, u=context.u, features=context.features)
+        groups: dict[tuple[int, int, int], list[int]] = {}
+        for row, (f, has) in enumerate(zip(context.frames, ahead.frames, strict=True)):
+            due = max(0, min(f - begin, -(-keep * (f - keep) // begin)))
+            missing = due - has if due - has >= AHEAD or f >= window else 0
+            groups.setdefault((f, has, missing) if missing else (0, 0, 0), []).append(row)
+        if list(groups) == [(0, 0, 0)]:
+            return ahead
+        parts = []
+        for (f, has, missing), rows in groups.items():
+            part = ahead if len(groups) == 1 else ahead.select(rows)
+            parts.append(self._appended(part, window - f + begin + has, missing) if missing else part)
+        return Context.concat(parts).select(_inverse([row for rows in groups.values() for row in rows]))
+
+    def _appended(self, ahead: Context, start: int, frames: int) -> Context:
+        """The context after ``frames`` of its own remembered u, from number ``start`` on, whose K/V it lacks."""
+        history, stop = ahead.features, start + frames
+        before = replace(
+            ahead, u=ahead.u[:, :start], features=None if history is None else history[:, :start]
+        )
+        known = None if history is None else history[:, start:stop]
+        after, _ = self.commit(self.reserve(before, frames), ahead.u[:, start:stop], known)
+        return replace(after, u=ahead.u, features=history)
+
+    def _fresh(self, context: Context) -> Context:
+        """A context without frames for the same sessions; condition tokens at their first place are shared."""
+
+        def begin(cache: KVCache) -> KVCache:
+            cohorts = []
+            for c in cache.cohorts:
+                head = c.segments[:1] if c.prefix else ()
+                segments = tuple(replace(s, stop=s.start + c.prefix) for s in head)
+                cohorts.append(Cohort(c.rows, 0, 0, segments, c.prefix))
+            return KVCache(tuple(cohorts))
+
+        if any(c.first for c in context.cache.cohorts):  # rolled: the condition's place has moved
+            width = 0 if context.features is None else context.features.shape[-1]
+            grid, window = context.grid, context.window
+            return self.start(len(context.u), grid, window, context.text, context.uncond_text, width)
+        uncond = None if context.uncond is None else begin(context.uncond)
+        return replace(context, cache=begin(context.cache), uncond=uncond, ahead=None, ahead_from=0)
 
     def _roll(self, context: Context) -> Context:
         def roll(cache: KVCache, text: Tensor | None) -> KVCache:

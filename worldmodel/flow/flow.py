@@ -20,7 +20,7 @@ from worldmodel.errors import ConfigError, InputError
 from worldmodel.files import require_at_least
 from worldmodel.flow.affine import Affine, standard_normal_log_prob
 from worldmodel.flow.block import Block, Transformer
-from worldmodel.flow.deep import DeepBlock
+from worldmodel.flow.deep import Committed, Context, DeepBlock
 from worldmodel.flow.denoiser import SCORE_SCALE, Denoiser
 from worldmodel.flow.jacobi import jacobi, sequential
 from worldmodel.flow.order import flips, patchify, unpatchify
@@ -102,6 +102,26 @@ class Density(NamedTuple):
     def log_prob(self) -> Tensor:
         """(B, T) nats per latent frame, given the frames before it."""
         return self.log_prob_elements.sum((-2, -1))
+
+
+class Imagined(NamedTuple):
+    """What `Flow.imagine` yields: the context after the frame; its noisy tokens x and deep-block inputs u, (B, 1, N, D);
+    the elementwise log-determinant of the shallow blocks at x, and the deep block's maps at u; Jacobi sweeps (B,) of the
+    deep block, and the residual (B,) of the last.
+    """
+
+    context: Context
+    x: Tensor
+    u: Tensor
+    log_det: Tensor
+    terms: Committed
+    sweeps: Tensor
+    residual: Tensor
+
+
+ONE_BY_ONE = 8
+"""Frames of at most so many tokens are inverted token by token: Jacobi takes about as many sweeps to the default
+tolerance, each over the whole frame, and a commit after them."""
 
 
 class Flow(nn.Module):
@@ -210,6 +230,35 @@ class Flow(nn.Module):
                 sweeps = sweeps + used
             w = block.to_raster(solved)
         return w.reshape(shape), sweeps.reshape(shape[:2])
+
+    # ---- a frame of a session ----
+    def imagine(
+        self,
+        context: Context,
+        w: Tensor,
+        features: Tensor | None,
+        guidance: float,
+        tolerance: float,
+        want_unconditional: bool = False,
+    ) -> Imagined:
+        """Noise w (B, N, D) to the next frame, committed; ``context`` has room for it. See `DeepBlock.commit`."""
+        grid = context.grid
+        if w.shape[1] <= ONE_BY_ONE:
+            reserved = self.deep.reserve(context, 2)
+            after, u, terms = self.deep.invert(reserved, w, features, guidance, want_unconditional)
+            x, log_det = u, torch.zeros_like(u)
+            for block in reversed(self.shallow_blocks):
+                x, term = block.invert_frame(x, grid)
+                log_det = log_det + term
+            sweeps = torch.full((len(w),), w.shape[1], device=w.device)
+            residual = torch.zeros(len(w), device=w.device)
+            return Imagined(after, x[:, None], u[:, None], log_det[:, None], terms, sweeps, residual)
+        reserved = self.deep.reserve(context)
+        solved = self.deep.solve(reserved, w, features, guidance, tolerance)
+        x, _ = self.shallow_inverse(solved.v[:, None], grid, tolerance)
+        u, log_det = self.shallow_forward(x, grid)  # of x as it came out: exact, whatever the tolerance
+        after, terms = self.deep.commit(reserved, u, features, guidance, want_unconditional)
+        return Imagined(after, x, u, log_det, terms, solved.sweeps, solved.residual)
 
     # ---- density of a clip ----------------------------------------------------------------------------------------
     def forward(

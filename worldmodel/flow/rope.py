@@ -66,6 +66,19 @@ def frame_rotary(
     return _tables(torch.stack((row, column, third), dim=-1).reshape(-1, 3), head_dim, device)
 
 
+def turns(rotary: Rotary) -> Tensor:
+    """The same tables as unit complex numbers (..., S, K / 2): one multiplication rotates all channel pairs."""
+    return torch.complex(rotary.cos[..., ::2], rotary.sin[..., ::2])
+
+
+@lru_cache(maxsize=256)
+def frame_turns(
+    grid: tuple[int, int], first: int, frames: int, scale: float, head_dim: int, device: torch.device
+) -> Tensor:
+    """`turns` of `frame_rotary`."""
+    return turns(frame_rotary(grid, first, frames, scale, head_dim, device))
+
+
 @lru_cache(maxsize=64)
 def text_rotary(length: int, first: int, scale: float, head_dim: int, device: torch.device) -> Rotary:
     """Tables (L, K) for condition tokens: token j of L sits at (0, 0, first + j / L * scale).

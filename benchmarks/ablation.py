@@ -1,0 +1,133 @@
+"""Each acceleration switched off, one at a time; the switches live here and nowhere else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from benchmarks.measure import Row, interleaved, ms
+from benchmarks.steps import random_actions, unpacked, walk
+from worldmodel import WorldModel
+from worldmodel.flow import flow as flow_module
+from worldmodel.flow.deep import Committed, Context, DeepBlock
+from worldmodel.state import WorldState
+
+
+@contextmanager
+def jacobi_and_commit() -> Iterator[None]:
+    """Jacobi over the frame and a commit after it, also for frames of few tokens."""
+    kept = flow_module.ONE_BY_ONE
+    flow_module.ONE_BY_ONE = 0
+    try:
+        yield
+    finally:
+        flow_module.ONE_BY_ONE = kept
+
+
+@contextmanager
+def one_stream() -> Iterator[None]:
+    """The pass without the action as a pass of its own."""
+    kept = DeepBlock.invert
+
+    def apart(
+        self: DeepBlock,
+        context: Context,
+        w: Tensor,
+        features: Tensor | None,
+        guidance: float = 0.0,
+        want: bool = False,
+    ) -> tuple[Context, Tensor, Committed]:
+        result = kept(self, context, w, features, guidance, False)
+        if want:
+            self._run(self.to_own(result[1]), context, context.cache, None)
+        return result
+
+    DeepBlock.invert = apart  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        DeepBlock.invert = kept  # type: ignore[method-assign]
+
+
+def plain_weights(world: WorldModel) -> WorldModel:
+    """The world with torch's own linear maps and convolutions."""
+    twin = copy.copy(world)
+    for part in ("flow", "codec", "actions", "heads"):
+        value = getattr(world, part)
+        setattr(twin, part, None if value is None else unpacked(value))
+    return twin
+
+
+def ablation(world: WorldModel, batches: list[int], steps: int, repeats: int) -> list[Row]:
+    """Milliseconds a step with everything, and the factor that each switch costs."""
+    plain = plain_weights(world)
+    rows = []
+    for batch in batches:
+        ways: dict[str, tuple[WorldModel, Callable[[], AbstractContextManager[None]], bool]] = {
+            "everything": (world, nullcontext, True),
+            "weights not packed": (plain, nullcontext, True),
+            "Jacobi and commit": (world, jacobi_and_commit, True),
+            "two passes for the action gain": (world, one_stream, True),
+            "none of these": (plain, jacobi_and_commit, True),
+            "without pixels (decode=False)": (world, nullcontext, False),
+        }
+        state, _ = world.reset(list(range(batch)))
+        action = random_actions(world, batch)
+
+        def steps_of(
+            way: tuple[WorldModel, Callable[[], AbstractContextManager[None]], bool],
+            state: WorldState = state,
+            action: Any = action,
+        ) -> None:
+            model, switch, decode = way
+            with switch():
+                for _ in range(steps):
+                    state, _ = model.step(state, action, decode=decode)
+
+        times = interleaved({n: partial(steps_of, w) for n, w in ways.items()}, repeats, f"ablation {batch}")
+        base = float(np.median(times["everything"]))
+        rows += [
+            {
+                "batch": batch,
+                "way": name,
+                "ms a step": ms(t) / steps,
+                "x everything": float(np.median(t)) / base,
+            }
+            for name, t in times.items()
+        ]
+    return rows
+
+
+def forks_copied(world: WorldModel, branches: int, repeats: int) -> list[Row]:
+    """Planning over a shared past against planning over copies of it."""
+    state, _ = world.reset([0])
+    state, _, _ = walk(world, state, 6, "forks")
+    action = random_actions(world, branches)
+
+    def plan(start: Callable[[], WorldState]) -> None:
+        s = start()
+        for _ in range(5):
+            s, _ = world.step(s, action, decode=False)
+
+    times = interleaved(
+        {
+            "shared past": lambda: plan(lambda: state.fork(branches)),
+            "copied past": lambda: plan(
+                lambda: WorldState.concat([copy.deepcopy(state) for _ in range(branches)])
+            ),
+            "gathered past": lambda: plan(lambda: state.select([0] * branches)),
+        },
+        repeats,
+        "forks",
+    )
+    base = float(np.median(times["shared past"]))
+    return [
+        {"way": n, "branches": branches, "ms a chunk": ms(t) / 5, "x shared": float(np.median(t)) / base}
+        for n, t in times.items()
+    ]

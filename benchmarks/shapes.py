@@ -1,0 +1,145 @@
+"""Larger flows with random weights, sweep by sweep: what a step of a 300M and of the 7B model costs on this machine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks.measure import Row, flops, interleaved
+from worldmodel.flow.deep import Context
+from worldmodel.flow.flow import Flow, FlowConfig
+from worldmodel.packed import pack
+
+
+@dataclass(frozen=True)
+class Shape:
+    """grid: tokens (h, w) of a frame. contexts: latent frames of past. dtype: of the weights and the K/V."""
+
+    name: str
+    config: FlowConfig
+    grid: tuple[int, int]
+    contexts: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def shapes(device: torch.device) -> list[Shape]:
+    """The 300M shape and the published 7B one at 480 x 848."""
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    medium = FlowConfig(
+        in_channels=16,
+        channels=768,
+        top_channels=1024,
+        layers_per_block=(2, 2, 2, 2, 16),
+        patch_size=1,
+        head_dim=64,
+        action_features=64,
+        window=8,
+        context=4,
+        denoiser_layers=4,
+        denoiser_window=4,
+        denoiser_look_ahead=1,
+    )
+    published = FlowConfig(
+        in_channels=48, channels=3072, top_channels=4096, layers_per_block=(2, 2, 2, 2, 2, 24)
+    )
+    return [
+        Shape("300M", medium, (8, 16), (1, 4, 7), half),
+        Shape("7B", published, (30, 53), (1, 11, 20), half),
+    ]
+
+
+def _bytes_needed(shape: Shape) -> tuple[int, int]:
+    """Parameters, and bytes for weights (twice where they are packed) and the K/V of one full context."""
+    with torch.device("meta"):
+        flow = Flow(shape.config)
+    parameters = sum(p.numel() for p in flow.parameters())
+    tokens = shape.grid[0] * shape.grid[1] * (max(shape.contexts) + 2)
+    kv = shape.config.layers_per_block[-1] * 2 * tokens * shape.config.top_channels
+    copies = 2 if shape.dtype == torch.float32 else 1
+    return parameters, (copies * parameters + kv) * shape.dtype.itemsize
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _random_flow(shape: Shape, device: torch.device) -> Flow:
+    with torch.device("meta"):
+        flow = Flow(shape.config)
+    flow = flow.to(shape.dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, p in flow.named_parameters():
+        p.data.normal_(0.0, 0.4 * p.shape[-1] ** -0.5, generator=generator)
+        if name.endswith("norm.weight") and "final" not in name:
+            p.data.add_(1.0)
+    flow.eval().requires_grad_(False)
+    pack(flow)
+    return flow
+
+
+@torch.no_grad()
+def _filled(flow: Flow, shape: Shape, frames: int, device: torch.device) -> Context:
+    tokens = shape.grid[0] * shape.grid[1]
+    context = flow.deep.start(1, shape.grid, shape.config.window, features=shape.config.action_features)
+    for _ in range(frames):
+        u = torch.randn(1, 1, tokens, flow.config.token_dim, device=device)
+        context, _ = flow.deep.commit(flow.deep.reserve(context), u, None)
+    return context
+
+
+def _rate(sweeps: int, deep: float, shallow: float, denoise: float) -> float:
+    """Steps a second: ``sweeps`` and one pass that commits, in the deep and in the shallow blocks, and a denoised frame."""
+    return 1.0 / ((sweeps + 1) * (deep + shallow) + denoise)
+
+
+@torch.no_grad()
+def _of_shape(shape: Shape, device: torch.device, repeats: int, peak: float) -> list[Row]:
+    flow = _random_flow(shape, device)
+    tokens, rows = shape.grid[0] * shape.grid[1], []
+    v = torch.randn(1, tokens, flow.config.token_dim, device=device)
+
+    def shallow() -> None:
+        for block in flow.shallow_blocks:
+            block.frame_parameters(v, shape.grid)
+
+    def denoise() -> None:
+        flow.denoise(v[:, None].to(shape.dtype), shape.grid)
+
+    for frames in tqdm(shape.contexts, desc=f"{shape.name} contexts", leave=False):
+        context = flow.deep.reserve(_filled(flow, shape, frames, device))
+        deep = partial(flow.deep._run, v, context, context.cache, None)
+        times = interleaved({"deep": deep, "shallow": shallow, "denoise": denoise}, repeats, shape.name)
+        median = {name: float(np.median(t)) for name, t in times.items()}
+        work = flops(deep)
+        rows.append(
+            {
+                "tokens": tokens,
+                "context": frames,
+                "deep sweep ms": 1e3 * median["deep"],
+                "TFLOP": work / 1e12,
+                "x floor": median["deep"] / (work / (peak * 1e9)),
+                "shallow sweep ms": 1e3 * median["shallow"],
+                "denoise ms": 1e3 * median["denoise"],
+                **{f"steps/s, {k} sweeps": _rate(k, **median) for k in (1, 2, 4, 8)},
+            }
+        )
+    return rows
+
+
+def by_shape(device: torch.device, repeats: int, peak: float) -> list[Row]:
+    """Milliseconds of a deep sweep, a shallow sweep of all blocks, and steps a second by sweeps, per context length."""
+    rows: list[Row] = []
+    for shape in shapes(device):
+        parameters, needed = _bytes_needed(shape)
+        free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else _memory()
+        head = {"shape": shape.name, "parameters": f"{parameters / 1e6:.0f} M", "dtype": str(shape.dtype)[6:]}
+        if needed > 0.8 * free:
+            rows.append(head | {"note": f"skipped: needs {needed / 1e9:.0f} GB of {free / 1e9:.0f} GB"})
+        else:
+            rows += [head | row for row in _of_shape(shape, device, repeats, peak)]
+    return rows

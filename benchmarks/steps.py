@@ -1,0 +1,455 @@
+"""What a step, a batch, a fork, a plan and a training step cost. Each function returns the rows of one table."""
+
+from __future__ import annotations
+
+import copy
+import resource
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.baseline import Baseline, exact
+from benchmarks.measure import Row, clocked, flops, interleaved, ms, seconds, timed
+from worldmodel import WorldModel
+from worldmodel.noise import SAMPLE, normal
+from worldmodel.packed import Linear, pack
+from worldmodel.state import WorldState
+from worldmodel.world import Chunk
+
+
+def unpacked(module: nn.Module) -> nn.Module:
+    """A copy without packed weights."""
+    twin = copy.deepcopy(module)
+    for child in twin.modules():
+        child.__dict__.pop("_waiting", None)
+    return twin
+
+
+def random_actions(world: WorldModel, rows: int, seed: int = 0) -> Any:
+    """One random action a session, or None for a world without actions."""
+    if world.actions is None:
+        return None
+    space = world.spec.action_space
+    space.seed(seed)
+    samples = [space.sample() for _ in range(rows)]
+    if isinstance(samples[0], dict):
+        return {k: np.stack([s[k] for s in samples]) for k in samples[0]}
+    return np.stack(samples)
+
+
+def walk(
+    world: WorldModel, state: WorldState, count: int, label: str, decode: bool = True
+) -> tuple[WorldState, list[float], list[Chunk]]:
+    """``count`` steps, their seconds, and their chunks."""
+    action = random_actions(world, state.rows)
+    times, chunks = [], []
+    for _ in tqdm(range(count), desc=label, unit="step", leave=False):
+        spent, (state, chunk) = clocked(world.step, state, action, decode=decode)
+        times.append(spent)
+        chunks.append(chunk)
+    return state, times, chunks
+
+
+def by_batch(world: WorldModel, batches: Sequence[int], count: int) -> list[Row]:
+    """Latency and throughput of successive steps, window restarts included, against the batch size."""
+    rows: list[Row] = []
+    for batch in batches:
+        state, _ = world.reset(list(range(batch)))
+        state, _, _ = walk(world, state, 2, f"batch {batch}")
+        _, times, chunks = walk(world, state, count if batch <= 64 else count // 3, f"batch {batch}")
+        rate = batch / float(np.median(times))
+        rows.append(
+            {
+                "batch": batch,
+                "p50 ms": ms(times),
+                "p99 ms": ms(times, 99),
+                "steps/s": rate / batch,
+                "chunks/s": rate,
+                "frames/s": rate * world.chunk_frames,
+                "x batch 1": rate / rows[0]["chunks/s"] if rows else 1.0,
+                "sweeps": float(np.mean([c.sweeps.double().mean() for c in chunks])),
+            }
+        )
+    return rows
+
+
+def by_context(world: WorldModel, batch: int, repeats: int) -> list[Row]:
+    """Latency of a step against the latent frames of context, with the FLOPs that attention's share predicts."""
+    action = random_actions(world, batch)
+    lengths = [n for n in (1, 2, 4, 8, 12, 15, 20) if n < world.flow.config.window]
+    state, states = world.initial_state(list(range(batch))), {}
+    for n in range(1, max(lengths) + 1):
+        state, _ = world.step(state, action)
+        if n in lengths:
+            states[n] = state
+    calls: dict[str, Callable[[], Any]] = {str(n): partial(world.step, s, action) for n, s in states.items()}
+    times = interleaved(calls, repeats, "context")
+    counted = {n: flops(partial(world.step, s, action)) for n, s in states.items()}
+    first = lengths[0]
+    return [
+        {
+            "context": n,
+            "p50 ms": ms(times[str(n)]),
+            "x shortest": ms(times[str(n)]) / ms(times[str(first)]),
+            "FLOPs x shortest": counted[n] / counted[first],
+        }
+        for n in lengths
+    ]
+
+
+def by_stage(world: WorldModel, batch: int, count: int, peak: float) -> list[Row]:
+    """Where a step's time and FLOPs go. ``deep`` of short frames includes the commit, which needs no pass of its own."""
+    state, _ = world.reset(list(range(batch)))
+    state, _, _ = walk(world, state, 3, "warm")
+    action, deep, flow = random_actions(world, batch), world.flow.deep, world.flow
+    spent: dict[str, list[float]] = {}
+    total = []
+    with ExitStack() as stack:
+        stack.enter_context(timed(deep, ["invert", "solve", "commit", "make_room"], spent))
+        stack.enter_context(timed(flow, ["imagine", "denoise"], spent))
+        stack.enter_context(timed(world.codec, ["decode"], spent))
+        stack.enter_context(timed(world.heads, ["forward"], spent))
+        walked = state
+        for _ in tqdm(range(count), desc="stages", unit="step", leave=False):
+            one, (walked, chunk) = clocked(world.step, walked, action)
+            total.append(one)
+    encoding: dict[str, list[float]] = {}
+    with timed(world.codec, ["encode"], encoding):
+        for _ in range(max(3, count // 10)):
+            world.observe(state, chunk.frames, action)
+    mean = {name: sum(t) / count for name, t in spent.items()}
+    solve = mean.get("invert", 0.0) + mean.get("solve", 0.0)
+    # the window's own commits, of the next window's frames, are part of "window"
+    commit = max(0.0, mean["commit"] - mean["make_room"]) if "solve" in mean else 0.0
+    stages = {
+        "window": mean["make_room"],
+        "deep": solve,
+        "commit": commit,
+        "shallow": mean["imagine"] - solve - commit,
+        "denoise": mean["denoise"],
+        "heads": mean["forward"],
+        "decode": mean["decode"],
+    }
+    whole = float(np.mean(total))
+    stages["other"] = whole - sum(stages.values())
+    deep_flops = stage_flops(world, state, action)
+    rows: list[Row] = []
+    for name, t in stages.items():
+        work = deep_flops.get(name)
+        rate = None if work is None or t <= 0 else work / t / 1e9
+        rows.append(
+            {
+                "stage": name,
+                "ms": 1e3 * t,
+                "share": t / whole,
+                "MFLOP": None if work is None else work / 1e6,
+                "GFLOP/s": rate,
+                "share of peak": None if rate is None else rate / peak,
+            }
+        )
+    rows.append({"stage": "step", "ms": 1e3 * whole, "share": 1.0})
+    rows.append({"stage": "encode (observe)", "ms": ms(encoding["encode"])})
+    return rows
+
+
+def stage_flops(world: WorldModel, state: WorldState, action: Any) -> dict[str, int]:
+    """FLOPs of the stages of one step."""
+    flow = world.flow
+    _, features = world._action(action, state.rows)
+    noise = normal(state.seeds, state.branches, state.steps, SAMPLE, world.latent_shape).to(world.device)
+    w = flow.tokens(noise[:, None])[:, 0]
+    context = world._room(state, world.spec.sampling, reserve=False)
+    latent = noise[:, None]
+
+    @torch.no_grad()
+    def imagine() -> None:
+        flow.imagine(context, w, features, 0.0, world.spec.sampling.tolerance, features is not None)
+
+    @torch.no_grad()
+    def shallow() -> None:
+        for block in flow.shallow_blocks:
+            block.invert_frame(w, world.grid)
+
+    every, some = flops(imagine), flops(shallow)
+    with torch.no_grad():
+        decode = flops(lambda: world.codec.decode(latent, state.codec))
+        denoise = flops(
+            lambda: flow.denoise(
+                state.noisy,
+                world.grid,
+                None,
+                state.context.features[:, -state.noisy.shape[1] :]
+                if state.context.features is not None
+                else None,
+            )
+        )
+    return {"deep": every - some, "shallow": some, "decode": decode, "denoise": denoise}
+
+
+def deep_share(world: WorldModel, batches: Sequence[int], repeats: int) -> list[Row]:
+    """FLOP/s of the deep block, frame by frame, as a share of the best float32 matrix product, taken in turns with it.
+
+    Sessions of their own read a past each; branches of one state share it.
+    """
+    n, deep = 1024, world.flow.deep
+    product = Linear(n, n, bias=False, device=world.device).requires_grad_(False)
+    pack(product)
+    square = torch.randn(n, n, device=world.device)
+    rows: list[Row] = []
+    for batch in batches:
+        for kind in ("sessions", "branches"):
+            state, _ = world.reset(list(range(batch if kind == "sessions" else 1)))
+            state, _, _ = walk(world, state, 5, "deep", decode=False)
+            state = state.fork(batch) if kind == "branches" else state
+            _, features = world._action(random_actions(world, batch), batch)
+            context = deep.reserve(world._room(state, world.spec.sampling, reserve=False), 2)
+            w = torch.randn_like(context.u[:, -1])
+
+            @torch.no_grad()
+            def invert(context: Any = context, w: Tensor = w, features: Tensor | None = features) -> None:
+                deep.invert(context, w, features, 0.0, features is not None)
+
+            times = interleaved({"deep": invert, "product": partial(product, square)}, repeats, "deep share")
+            rate = flops(invert) / float(np.median(times["deep"])) / 1e9
+            peak = 2 * n**3 / float(np.median(times["product"])) / 1e9
+            rows.append(
+                {
+                    "batch": batch,
+                    "of": kind,
+                    "GFLOP/s": rate,
+                    "peak GFLOP/s": peak,
+                    "share of peak": rate / peak,
+                }
+            )
+    return rows
+
+
+def forks(world: WorldModel, branches: int, repeats: int) -> list[Row]:
+    """A fork against a copy of the same sessions: time, and bytes a branch relative to the state's own."""
+    state, _ = world.reset([0])
+    state, _, _ = walk(world, state, 6, "fork")
+    times = interleaved(
+        {
+            "fork": lambda: state.fork(branches),
+            "copy": lambda: [copy.deepcopy(state) for _ in range(branches)],
+        },
+        repeats,
+        "fork",
+    )
+    forked = state.fork(branches)
+    return [
+        {
+            "way": way,
+            "branches": branches,
+            "ms": ms(times[way]),
+            "bytes a branch": held,
+            "share of a state": held / state.nbytes,
+        }
+        for way, held in (("fork", (forked.nbytes - state.nbytes) / branches), ("copy", float(state.nbytes)))
+    ]
+
+
+def planning(world: WorldModel, branches: Sequence[int], depth: int, repeats: int, decode: bool) -> list[Row]:
+    """Branch-chunks a second: N branches of one state, ``depth`` chunks deep, forks included."""
+    state, _ = world.reset([0])
+    state, _, _ = walk(world, state, 6, "plan")
+
+    def plan(n: int) -> None:
+        walk_on, action = state.fork(n), random_actions(world, n)
+        for _ in range(depth):
+            walk_on, _ = world.step(walk_on, action, decode=decode)
+
+    times = interleaved({str(n): partial(plan, n) for n in branches}, repeats, "planning")
+    rates = {n: n * depth / float(np.median(times[str(n)])) for n in branches}
+    return [
+        {
+            "branches": n,
+            "frames": decode,
+            "branch-chunks/s": rates[n],
+            "x one branch": rates[n] / rates[branches[0]],
+        }
+        for n in branches
+    ]
+
+
+def against_baseline(world: WorldModel, count: int, repeats: int) -> list[Row]:
+    """A chunk of this project's step and of the plain baseline's, and their errors against the exact inverse.
+
+    Errors are RMS over a latent frame, relative to its RMS, of the noisy latent x~, both samplers fed the exact past;
+    frames: the 99th percentile of the difference of decoded frames, in levels of 255.
+    """
+    plain = unpacked(world.flow)
+    codec = unpacked(world.codec) if isinstance(world.codec, nn.Module) else world.codec
+    state, begun = world.reset([0])
+    action = random_actions(world, 1)
+    _, features = world._action(action, 1)
+    temperature = world.spec.sampling.temperature
+
+    def noise_of(at: WorldState) -> Tensor:
+        noise = normal(at.seeds, at.branches, at.steps, SAMPLE, world.latent_shape) * temperature
+        return world.flow.tokens(noise[:, None].to(world.device))[:, 0]
+
+    window = world.flow.config.window
+    steps = min(count, window - int(state.context_frames[0]))
+    ours, errors, shown = [], [], []
+    walked = state
+    states = []
+    for _ in range(steps):
+        states.append(walked)
+        walked, chunk = world.step(walked, action)
+        reference_u, reference = exact(world.flow, states[-1].context, noise_of(states[-1]), features)
+        mine = walked.noisy[:, -1:]
+        ours.append(_relative(mine, reference))
+        base = _replay(world, plain, states[-1], window)
+        base.step(noise_of(states[-1]), features)
+        errors.append(_relative(base.noisy[-1][:, None], reference))
+        shown.append(_levels(world, walked, chunk, reference))
+
+    def product(decode: bool = True) -> None:
+        s = state
+        for _ in range(steps):
+            s, _ = world.step(s, action, decode=decode)
+
+    def stepped() -> None:
+        base = _replay(world, plain, state, window)
+        for i in range(steps):
+            base.step(noise_of(states[i]), features)
+            base.decode(codec, base.clean())
+
+    def offline() -> None:
+        base = _replay(world, plain, state, window)
+        for i in range(steps):
+            base.step(noise_of(states[i]), features)
+        base.decode(codec, base.clean())
+
+    times = interleaved(
+        {"step": product, "baseline, stepped": stepped, "baseline, one clip": offline}, repeats, "baseline"
+    )
+    own = float(np.median(times["step"]))
+    rows = []
+    for name, t in times.items():
+        each = float(np.median(t)) / steps
+        rows.append(
+            {
+                "sampler": name,
+                "ms a chunk": 1e3 * each,
+                "chunks/s": 1 / each,
+                "time x ours": float(np.median(t)) / own,
+                "error": float(np.mean(ours if name == "step" else errors)),
+                "likelihood": name == "step",
+                "frames, p99 levels": float(np.max(shown)) if name == "step" else None,
+            }
+        )
+    return rows
+
+
+def _replay(world: WorldModel, plain: nn.Module, state: WorldState, window: int) -> Baseline:
+    """A baseline that has seen what the state has."""
+    base = Baseline(plain, state.rows, world.grid, window)  # type: ignore[arg-type]
+    seen = int(state.context_frames[0])
+    for i in range(seen, 0, -1):
+        features = None if state.context.features is None else state.context.features[:, -i][:, None]
+        noisy = state.noisy[:, -i] if i <= state.noisy.shape[1] else state.context.u[:, -i]
+        base.observe(state.context.u[:, -i], noisy, features)
+    return base
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
+
+
+def _levels(world: WorldModel, after: WorldState, chunk: Chunk, exact_noisy: Tensor) -> float:
+    """99th percentile of |frames - frames of the exact inverse|."""
+    noisy = torch.cat((after.noisy[:, :-1], exact_noisy), dim=1)
+    seen = min(int(after.steps.max()), noisy.shape[1])
+    features = None if after.context.features is None else after.context.features[:, -seen:]
+    with torch.no_grad():
+        clean = world.flow.denoise(noisy[:, -seen:], world.grid, None, features)[:, -1:]
+        frames, _ = world.codec.decode(world.flow.latents(clean, world.grid), {})
+    return float(torch.quantile((frames.float() - chunk.frames.float()).abs().flatten(), 0.99))
+
+
+def environment(world: WorldModel, count: int) -> list[Row]:
+    """End-to-end frames a second through `WorldModelEnv`, chunk mode, and `WorldModelVectorEnv`."""
+    from envs import WorldModelEnv, WorldModelVectorEnv
+
+    rows = []
+    env = WorldModelEnv(world, step_mode="chunk", max_chunks=None)
+    env.reset(seed=0)
+    action = random_actions(world, 1)[0]
+    times = [seconds(lambda: env.step(action)) for _ in tqdm(range(count), desc="environment", leave=False)]
+    rows.append(
+        {
+            "environment": "single",
+            "frames/s": world.chunk_frames / float(np.median(times)),
+            "p50 ms": ms(times),
+        }
+    )
+    batch = WorldModelVectorEnv(world, num_envs=16, step_mode="chunk", max_chunks=None)
+    batch.reset(seed=0)
+    actions = random_actions(world, 16)
+    times = [seconds(lambda: batch.step(actions)) for _ in range(max(5, count // 8))]
+    rows.append(
+        {
+            "environment": "vector of 16",
+            "frames/s": 16 * world.chunk_frames / float(np.median(times)),
+            "p50 ms": ms(times),
+        }
+    )
+    return rows
+
+
+def endurance(world: WorldModel, count: int) -> list[Row]:
+    """One session of ``count`` steps: its memory, and the latency of the steps that restart the window."""
+    state, _ = world.reset([0])
+    state, _, _ = walk(world, state, 40, "endurance")
+    rows: list[Row] = []
+    for part in range(4):
+        state, times, _ = walk(world, state, count // 4, f"endurance {part + 1}/4")
+        pages = sum(
+            s.page.kv.numel() * s.page.kv.element_size()
+            for c in state.context.cache.cohorts
+            for s in c.segments
+        )
+        rows.append(
+            {
+                "steps": (part + 1) * (count // 4),
+                "p50 ms": ms(times),
+                "p99 ms": ms(times, 99),
+                "p99/p50": ms(times, 99) / ms(times),
+                "state kB": state.nbytes / 1e3,
+                "pages kB": pages / 1e3,
+                "peak RSS MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+            }
+        )
+    return rows
+
+
+def dial(world: WorldModel, tolerances: Sequence[float], count: int) -> list[Row]:
+    """The solver's dial: tolerance, sweeps and the error it leaves against the exact inverse (frames of many tokens)."""
+    rows = []
+    for tolerance in tolerances:
+        state, _ = world.reset([0])
+        sampling = replace(world.spec.sampling, tolerance=tolerance)
+        action = random_actions(world, 1)
+        _, features = world._action(action, 1)
+        errors, sweeps = [], []
+        for _ in range(count):
+            noise = normal(state.seeds, state.branches, state.steps, SAMPLE, world.latent_shape)
+            w = world.flow.tokens((noise * sampling.temperature)[:, None].to(world.device))[:, 0]
+            context = world._room(state, sampling, reserve=False)
+            _, reference = exact(world.flow, context, w, features)
+            state, chunk = world.step(state, action, sampling)
+            errors.append(_relative(state.noisy[:, -1:], reference))
+            sweeps.append(float(chunk.sweeps.double().mean()))
+        rows.append(
+            {"tolerance": tolerance, "sweeps": float(np.mean(sweeps)), "error": float(np.mean(errors))}
+        )
+    return rows

@@ -1,0 +1,101 @@
+"""The benchmark measures what it says: the baseline is the same model, FLOPs are counted, switches switch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import baseline, steps
+from benchmarks.ablation import jacobi_and_commit, plain_weights
+from benchmarks.baseline import Baseline, exact
+from benchmarks.measure import flops, table
+from benchmarks.report import Options, run
+from tests.sessions import actions, features, small_world
+from tests.toy import write_toy
+from worldmodel.errors import InputError
+from worldmodel.flow import flow as flow_module
+from worldmodel.packed import Linear, is_packed, pack
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-3])
+def test_the_baseline_samples_the_same_model(threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run to the end it is the exact inverse, with the world's denoiser and decoder; as published it is near."""
+    monkeypatch.setattr(baseline, "THRESHOLD", threshold)
+    world = small_world()
+    a = features(world, actions(2, 5))
+    sampler = Baseline(world.flow, 2, world.grid, 6)
+    context = world.flow.deep.start(2, world.grid, 6, features=world.flow.config.action_features)
+    noisy = []
+    for t in range(5):
+        w = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(t))
+        u, x = exact(world.flow, context, w, a[:, t : t + 1])
+        context, _ = world.flow.deep.commit(world.flow.deep.reserve(context), u, a[:, t : t + 1])
+        sampler.step(w, a[:, t : t + 1])
+        noisy.append(x)
+        error = (sampler.noisy[-1] - x[:, 0]).abs().max()
+        assert error < 1e-4 if threshold == 0.0 else error < 0.5
+    if threshold == 0.0:
+        clean = world.flow.denoise(torch.cat(noisy, dim=1), world.grid, None, a)
+        assert torch.allclose(sampler.clean(), clean, atol=1e-4)
+        frames = sampler.decode(world.codec, clean)
+        alone, _ = world.codec.decode(world.flow.latents(clean[:, -1:], world.grid), {})
+        assert torch.equal(frames[:, -4:], alone)
+
+
+def test_flops_of_packed_and_plain_products_are_those_of_the_formula() -> None:
+    for packed in (False, True):
+        linear = Linear(32, 64).requires_grad_(False)
+        conv = nn.Conv2d(4, 8, 3, padding=1).requires_grad_(False)
+        if packed:
+            pack(linear)
+            parts = nn.ModuleList([conv])
+            pack(parts)
+        x, residual, picture = torch.randn(2, 5, 32), torch.randn(2, 5, 64), torch.randn(3, 4, 6, 6)
+        assert flops(lambda: linear(x)) == 2 * 10 * 32 * 64  # noqa: B023
+        assert flops(lambda: linear.plus(x, residual)) == 2 * 10 * 32 * 64  # noqa: B023
+        assert flops(lambda: linear.gelu(x)) == 2 * 10 * 32 * 64  # noqa: B023
+        assert flops(lambda: conv(picture)) == 2 * 3 * 36 * 8 * 4 * 9  # noqa: B023
+
+
+def test_switches_switch_and_switch_back() -> None:
+    world = small_world()
+    state = world.initial_state([1])
+    action = actions(1, 1)[:, 0]
+    _, chunk = world.step(state, action)
+    few = flow_module.ONE_BY_ONE
+    with jacobi_and_commit():
+        assert flow_module.ONE_BY_ONE == 0
+        _, other = world.step(state, action)
+    assert few == flow_module.ONE_BY_ONE
+    assert torch.allclose(chunk.latent, other.latent, atol=1e-4)
+    plain = plain_weights(world)
+    if is_packed(world.flow.deep):
+        assert not is_packed(plain.flow.deep)
+    assert torch.allclose(plain.step(state, action)[1].latent, chunk.latent, atol=1e-4)
+
+
+def test_stages_add_up_and_forks_are_small() -> None:
+    world = small_world()
+    rows = {row["stage"]: row for row in steps.by_stage(world, 1, 2, 100.0)}
+    parts = [
+        rows[name]["ms"] for name in ("window", "deep", "commit", "shallow", "denoise", "decode", "other")
+    ]
+    assert sum(parts) + rows["heads"]["ms"] == pytest.approx(rows["step"]["ms"], rel=1e-6)
+    assert rows["deep"]["MFLOP"] > 0
+    fork, copy = steps.forks(world, 8, 1)
+    assert fork["bytes a branch"] < copy["bytes a branch"] / 10
+
+
+def test_reports_as_tables_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = str(write_toy(tmp_path / "toy"))
+    threads = torch.get_num_threads()
+    run(Options(world, quick=True, only=("fork",), threads=threads, as_json=True))
+    result = json.loads(capsys.readouterr().out)
+    assert result["fork"][0]["way"] == "fork" and result["peak"]["best float32 gflops"] > 0
+    assert table("t", [{"a": 1, "b": 2.5}, {"a": 10}]).splitlines()[2:] == [" a    b", " 1  2.5", "10     "]
+    with pytest.raises(InputError, match="no section 'nonsense'"):
+        run(Options(world, only=("nonsense",), threads=threads))
