@@ -108,7 +108,7 @@ def test_the_checker_finds_banned(source: str) -> None:
 
 def test_worldmodel_loads_no_environment_and_no_socket() -> None:
     """Gymnasium's spaces and registry may load with the core; its environments, ours, and ZeroMQ may not."""
-    script = "import sys, worldmodel; print(*sorted(sys.modules))"
+    script = "import sys, worldmodel.world; print(*sorted(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
