@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = ("worldmodel", "envs", "agents", "examples")
 RIGHT_OF_ALL = ("tests", "benchmarks")
-COMMAND_LINE = ("worldmodel/cli.py", "worldmodel/__main__.py")
+COMMAND_LINE = ("worldmodel/cli.py", "worldmodel/cli_serving.py", "worldmodel/__main__.py")
 BANNED = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "torchvision"}
 
 

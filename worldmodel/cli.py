@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from worldmodel import cli_serving
+
 if TYPE_CHECKING:
     from worldmodel.world import WorldModel
 
@@ -483,6 +485,9 @@ def play(
 
     env = WorldModelEnv(world, step_mode="frame", render_mode="rgb_array", max_chunks=None)
     run(env, zoom=zoom, seed=seed, noop=env.noop_action)
+
+
+cli_serving.register(app)
 
 
 def main() -> NoReturn:

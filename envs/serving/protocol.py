@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,9 @@ ID_BYTES = 16
 SESSION_BYTES = 24  # the server's epoch (8), then the session's own 16
 EPOCH_BYTES = 8
 MAX_SEQ = (1 << 63) - 1
+MAX_FORK = 256  # sessions at a time; their names must fit the header
+MAX_IMAGINE = 1024  # chunks
+MAX_DRAWS = 64
 NO_ID = bytes(ID_BYTES)
 
 DTYPES = {name: np.dtype(name) for name in ("|u1", "|i1", "|b1", "<i2", "<i4", "<i8", "<f2", "<f4", "<f8")}
@@ -223,7 +226,7 @@ def _frames(header: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> list[by
             raise ServingError("bad_frame", f"{name} has dtype {array.dtype}; expected one of {[*DTYPES]}")
         array = array.astype(DTYPES[dtype], copy=False)
         described.append([name, dtype, list(array.shape)])
-        blobs.append(memoryview(array.reshape(-1).view(np.uint8)) if array.size else memoryview(b""))
+        blobs.append(array.reshape(-1).view(np.uint8).data if array.size else memoryview(b""))
     if described:
         header["arrays"] = described
     packed: bytes = msgpack.packb(header, use_bin_type=True)
@@ -337,9 +340,9 @@ def _request(header: Mapping[str, Any], blobs: Sequence[Any]) -> Request:
         raise ServingError("unsupported", f"unknown op {name:.40}; known: {', '.join(OPS)}")
     op = OPS[name]
     session, seq, deadline = header.get("session"), header.get("seq"), header.get("deadline")
-    if op.session != (session is not None) or (op.session and not _KINDS["handle"](session)):
+    if op.session != (session is not None) or (op.session and not _is_handle(session)):
         raise _bad(f"{name} takes {'a session of 24 bytes' if op.session else 'no session'}")
-    if op.seq != (seq is not None) or (op.seq and not (_is_int(seq) and 1 <= seq <= MAX_SEQ)):
+    if op.seq != (seq is not None) or (seq is not None and not (_is_int(seq) and 1 <= seq <= MAX_SEQ)):
         raise _bad(f"{name} takes {'a seq, an integer from 1' if op.seq else 'no seq'}")
     if deadline is not None and not (_is_float(deadline) and deadline > 0):
         raise _bad("deadline must be seconds above 0")
@@ -387,6 +390,10 @@ def _arrays(header: Mapping[str, Any], blobs: Sequence[Any]) -> dict[str, np.nda
     return arrays
 
 
+def _is_handle(value: Any) -> bool:
+    return isinstance(value, bytes) and len(value) == SESSION_BYTES
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -399,7 +406,7 @@ def _is_float(value: Any) -> bool:
     return (isinstance(value, float) and math.isfinite(value)) or (_is_int(value) and abs(value) <= MAX_SEQ)
 
 
-_KINDS = {
+_KINDS: dict[str, Callable[[Any], bool]] = {
     "int": lambda v: _is_int(v) and abs(v) <= MAX_SEQ,
     "float": _is_float,
     "bool": lambda v: isinstance(v, bool),
@@ -407,8 +414,8 @@ _KINDS = {
     "texts": lambda v: isinstance(v, dict) and all(isinstance(t, str) for t in v.values()),
     "names": lambda v: isinstance(v, list) and all(isinstance(n, str) and n in WANTED for n in v),
     "id": lambda v: isinstance(v, bytes) and len(v) == ID_BYTES,
-    "handle": lambda v: isinstance(v, bytes) and len(v) == SESSION_BYTES,
-    "handles": lambda v: isinstance(v, list) and all(_KINDS["handle"](s) for s in v),
+    "handle": _is_handle,
+    "handles": lambda v: isinstance(v, list) and all(map(_is_handle, v)),
 }
 """Argument kinds. handle: 24 bytes, a session or a snapshot. names: a list of `WANTED`. texts: a map of strings."""
 
@@ -479,7 +486,8 @@ def split_frame(data: Any) -> list[memoryview]:
     Raises:
         ServingError: ``bad_frame``: lengths that do not add up. ``too_large``: too many frames.
     """
-    view, frames, at = memoryview(data), [], 0
+    view, at = memoryview(data), 0
+    frames: list[memoryview] = []
     while at < len(view):
         if len(frames) > 2 + MAX_BLOBS:
             raise ServingError("too_large", f"over {MAX_BLOBS} blobs in one message")
