@@ -380,13 +380,14 @@ def _arrays(header: Mapping[str, Any], blobs: Sequence[Any]) -> dict[str, np.nda
         if not isinstance(shape, list) or len(shape) > MAX_NDIM or not all(map(_is_size, shape)):
             raise _bad(f"{name}: shape must have at most {MAX_NDIM} sizes from 0")
         kind = DTYPES[dtype]
-        if math.prod(shape) * kind.itemsize != len(blob):
+        widest = math.prod(max(1, size) for size in shape)  # numpy counts so, where a size is 0
+        if math.prod(shape) * kind.itemsize != len(blob) or widest > MAX_MESSAGE:
             raise _bad(f"{name}: {len(blob)} bytes for shape {shape} of {dtype}")
         array = np.frombuffer(blob, dtype=np.uint8)
         if kind == np.bool_ and (array > 1).any():
             raise _bad(f"{name}: a bool other than 0 and 1")
-        array.flags.writeable = False
-        arrays[name] = array.view(kind).reshape(shape) if array.size else np.zeros(shape, kind)
+        arrays[name] = array.view(kind).reshape(shape)
+        arrays[name].flags.writeable = False
     return arrays
 
 

@@ -101,6 +101,7 @@ class WorldServer:
         self._base = resident_bytes()
         self._draining: float | None = None
         self._thread: threading.Thread | None = None
+        self._up = threading.Event()
         self.health = None if health is None else HealthPages(health, self.alive, self.ready, self.metrics)
 
     # ---- life ------------------------------------------------------------------------------------------------
@@ -112,6 +113,7 @@ class WorldServer:
     def run(self) -> None:
         """Serve until `drain` is called and what was under way is done."""
         self.worker.start()
+        self._up.set()
         poller = zmq.Poller()
         poller.register(self._inbox.fileno(), zmq.POLLIN)
         registered = self.transport.socket
@@ -138,6 +140,7 @@ class WorldServer:
         """`run` in a thread of its own."""
         self._thread = threading.Thread(target=self.run, name="worldmodel-front", daemon=True)
         self._thread.start()
+        self._up.wait()
         return self
 
     def drain(self) -> None:
