@@ -57,8 +57,7 @@ class Running:
 
     def join(self, waiter: Waiter) -> None:
         """Wait for the same reply; beyond `MAX_WAITERS` the oldest waits no longer."""
-        if waiter not in self.waiters:
-            self.waiters = [*self.waiters, waiter][-MAX_WAITERS:]
+        self.waiters = [*self.waiters, waiter][-MAX_WAITERS:]
 
 
 @dataclass(eq=False)

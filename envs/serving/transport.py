@@ -96,6 +96,7 @@ class Transport:
         s.handshake_ivl, s.heartbeat_ivl, s.heartbeat_timeout, s.heartbeat_ttl = 2000, 1000, 3000, 3000
         if self._keys is not None:
             s.curve_server, s.zap_domain = True, ZAP_DOMAIN
+            s.zap_enforce_domain = True  # else a dead handler would let every key in
             s.curve_publickey, s.curve_secretkey = self._keys.public, self._keys.secret
         end = time.monotonic() + patience
         while True:
@@ -135,7 +136,8 @@ class Transport:
             more = frame.more
             count, size = count + 1, size + len(frame.buffer)
             if count == 1 and self._keys is not None:
-                owner = str(frame.get("User-Id"))
+                with contextlib.suppress(zmq.ZMQError):  # none: nobody's, which is refused
+                    owner = str(frame.get("User-Id"))
             if count > MAX_PARTS or size > 2 * MAX_MESSAGE:
                 parts.clear()
             else:

@@ -140,6 +140,7 @@ class Viewers:
             socket.linger, socket.conflate, socket.handshake_ivl = 0, True, 2000
             if self._keys is not None:
                 socket.curve_server, socket.zap_domain = True, ZAP_DOMAIN
+                socket.zap_enforce_domain = True
                 socket.curve_publickey, socket.curve_secretkey = self._keys.public, self._keys.secret
             port = socket.bind_to_random_port(address)
         self._broadcasts[session.name] = socket, port, quality

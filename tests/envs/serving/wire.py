@@ -28,6 +28,7 @@ class Wire:
         socket = self.context.socket(zmq.DEALER)
         socket.linger = 0
         socket.sndhwm = socket.rcvhwm = 2000
+        socket.sndtimeo = 2000  # without a connection there is nowhere to send to
         if self.keys is not None and self.server is not None:
             socket.curve_publickey, socket.curve_secretkey = self.keys.public, self.keys.secret
             socket.curve_serverkey = self.server
