@@ -361,7 +361,9 @@ class WorldServer:
     def _finish(self, done: list[Finished]) -> None:
         """Commit what the worker has done, and answer all who wait for it."""
         for job, outcome in done:
-            running = self._running.pop(job)
+            running = self._running.pop(job, None)
+            if running is None:  # the front's own: what an expired session held
+                continue
             reply = self._committed(job, running, outcome)
             for waiter in running.waiters:
                 self._answer(waiter, replace(reply, id=waiter.request))
@@ -369,7 +371,7 @@ class WorldServer:
     def _committed(self, job: Job, running: Running, outcome: Outcome | ServingError) -> Reply:
         request, owner, now = job.request, running.owner, time.monotonic()
         op = protocol.OPS[request.op]
-        principal = self.table.principals[owner]
+        principal = self.table.principal(owner, now)
         session = self.table.sessions.get(request.session or b"")
         if session is not None:
             session.expires = now + self.limits.lease

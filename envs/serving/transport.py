@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import time
 from collections import Counter, deque
@@ -15,6 +16,8 @@ import zmq
 from envs.serving.protocol import MAX_BLOBS, MAX_MESSAGE
 from envs.serving.security import ZAP_DOMAIN, KeyPair
 from worldmodel.errors import InputError
+
+log = logging.getLogger(__name__)
 
 MAX_PARTS = 2 + MAX_BLOBS
 BACKLOG_BYTES = 4 * MAX_MESSAGE
@@ -66,7 +69,10 @@ class Inbox:
         with contextlib.suppress(BlockingIOError):
             self._ours.recv(4096)
         for _ in range(len(self._calls)):
-            self._calls.popleft()()
+            try:
+                self._calls.popleft()()
+            except Exception:  # one reply's bug must not end the thread that serves all
+                log.exception("a call into the front failed")
 
     def close(self) -> None:
         """Close both ends."""
