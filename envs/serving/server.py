@@ -94,6 +94,7 @@ class WorldServer:
         self.viewers = Viewers(self._context, pair, backend.facts, self._answer, self._inbox.post)
         self.worker = Worker(backend, lambda done: self._inbox.post(lambda: self._finish(done)), window, rows)
         self._running: dict[Job, Running] = {}
+        self._queued_bytes = 0
         self._began = time.monotonic()
         self._beat = self._began
         self._next_tick = 0.0
@@ -275,7 +276,8 @@ class WorldServer:
         if request.op not in ("close", "discard"):
             if self._draining is not None:
                 raise ServingError("busy", "the server is about to stop", 1.0)
-            if len(self._running) >= self.limits.queue:
+            full = self._queued_bytes + _nbytes(request) > self.limits.queue_bytes
+            if full or len(self._running) >= self.limits.queue:
                 raise ServingError("busy", f"{len(self._running)} requests are waiting for the model", 0.1)
         reading = session is not None and not op.seq
         if reading and session is not None and session.reads >= MAX_READS:
@@ -291,6 +293,7 @@ class WorldServer:
         job = Job(request, made, now + request.deadline if request.deadline else float("inf"))
         running = Running(owner, mark, job, [waiter])
         self._running[job] = running
+        self._queued_bytes += _nbytes(request)
         if op.seq and session is not None:
             session.running = running
         elif session is not None:
@@ -364,6 +367,7 @@ class WorldServer:
             running = self._running.pop(job, None)
             if running is None:  # the front's own: what an expired session held
                 continue
+            self._queued_bytes -= _nbytes(job.request)
             reply = self._committed(job, running, outcome)
             for waiter in running.waiters:
                 self._answer(waiter, replace(reply, id=waiter.request))
@@ -443,6 +447,10 @@ class WorldServer:
             log.warning("memory is above its limit: all connections are dropped; clients will come back")
             with contextlib.suppress(InputError):
                 self.transport.rebind()
+
+
+def _nbytes(request: Request) -> int:
+    return sum(array.nbytes for array in request.arrays.values())
 
 
 def _quality(request: Request, default: int | None) -> int | None:

@@ -17,6 +17,7 @@ from envs.serving.protocol import EPOCH_BYTES, ID_BYTES, Reply, Request, Serving
 from envs.serving.worker import Job, Outcome
 
 KEPT_REPLIES = 64
+KEPT_BYTES = 32 << 20
 KEPT_SECONDS = 120.0
 KEPT_TOMBSTONES = 4096
 MAX_WAITERS = 16
@@ -28,7 +29,7 @@ class Limits:
     """What one server gives out.
 
     lease: seconds a session lives without a request. memory: bytes for sessions and snapshots together. sessions,
-    snapshots: the most of one key. queue: jobs that wait for the model, of all keys together.
+    snapshots: the most of one key. queue, queue_bytes: requests that wait for the model, of all keys together.
     """
 
     lease: float = 60.0
@@ -36,6 +37,7 @@ class Limits:
     sessions: int = 1024
     snapshots: int = 256
     queue: int = 1024
+    queue_bytes: int = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Principal:
     sessions: int = 0
     snapshots: set[bytes] = field(default_factory=set)
     replies: OrderedDict[bytes, tuple[bytes, Reply, float]] = field(default_factory=OrderedDict)
+    reply_bytes: int = 0
     running: dict[bytes, Running] = field(default_factory=dict)
 
 
@@ -200,7 +203,7 @@ class SessionTable:
         """Snapshots of keys that have no session and sent nothing for a lease; they are released, old replies too."""
         for owner, principal in list(self.principals.items()):
             while principal.replies and next(iter(principal.replies.values()))[2] < now - KEPT_SECONDS:
-                principal.replies.popitem(last=False)
+                _forget_oldest(principal)
             if principal.sessions or principal.running or principal.seen > now - self.limits.lease:
                 continue
             names = tuple(principal.snapshots)
@@ -249,5 +252,17 @@ class SessionTable:
     def keep(self, principal: Principal, request: bytes, mark: bytes, reply: Reply, now: float) -> None:
         """Remember a reply for retries of its request."""
         principal.replies[request] = mark, reply, now
-        if len(principal.replies) > KEPT_REPLIES:
-            principal.replies.popitem(last=False)
+        principal.reply_bytes += _nbytes(reply)
+        while len(principal.replies) > KEPT_REPLIES or (
+            principal.reply_bytes > KEPT_BYTES and len(principal.replies) > 1
+        ):
+            _forget_oldest(principal)
+
+
+def _forget_oldest(principal: Principal) -> None:
+    _, (_, reply, _) = principal.replies.popitem(last=False)
+    principal.reply_bytes -= _nbytes(reply)
+
+
+def _nbytes(reply: Reply) -> int:
+    return sum(array.nbytes for array in reply.arrays.values())

@@ -20,7 +20,8 @@ from worldmodel.errors import InputError
 log = logging.getLogger(__name__)
 
 MAX_PARTS = 2 + MAX_BLOBS
-BACKLOG_BYTES = 4 * MAX_MESSAGE
+BACKLOG_BYTES = 4 * MAX_MESSAGE  # of one peer
+ALL_BACKLOG_BYTES = 256 << 20
 BACKLOG_MESSAGES = 1024
 BACKLOG_SECONDS = 30.0
 
@@ -159,7 +160,9 @@ class Transport:
             return
         size = sum(len(part) for part in parts)
         backlog = backlog or self._backlogs.setdefault(address, Backlog(time.monotonic()))
-        if backlog.nbytes + size > BACKLOG_BYTES or len(backlog.messages) >= BACKLOG_MESSAGES:
+        total = sum(b.nbytes for b in self._backlogs.values())
+        full = backlog.nbytes + size > BACKLOG_BYTES or total + size > ALL_BACKLOG_BYTES
+        if full or len(backlog.messages) >= BACKLOG_MESSAGES:
             self.counts["dropped"] += 1
             return
         backlog.messages.append(list(parts))

@@ -18,6 +18,9 @@ import numpy as np
 
 from envs.serving.protocol import Request, ServingError
 
+MAX_SKIPPED = 64
+MAX_REMEMBERED = 4096
+
 log = logging.getLogger(__name__)
 
 
@@ -107,6 +110,7 @@ class Worker(threading.Thread):
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._waiting: list[Job] = []
         self._stopping = False
+        self._vain: dict[bytes, tuple[int, int]] = {}  # waits in vain in a row, rounds to do without waiting
 
     def submit(self, job: Job) -> None:
         """Put a job into the queue; from any thread."""
@@ -124,7 +128,7 @@ class Worker(threading.Thread):
             if self._stopping:
                 return
             jobs, refused = self._round()
-            company = {j.request.session for j in jobs if j.request.session is not None}
+            company = {j.request.session for j in jobs if j.request.session and j.request.op == "step"}
             began = time.perf_counter()
             try:
                 finished = self._backend.run(jobs)
@@ -142,13 +146,30 @@ class Worker(threading.Thread):
         if not self._waiting and not self._backend.going_on:
             self._take(None)
         end = time.monotonic() + self._window
-        missing = company - {j.request.session for j in self._waiting if j.request.session is not None}
+        missing = self._expected(company)
         while not self._stopping:
+            for session in missing.intersection(j.request.session for j in self._waiting):
+                missing.discard(session)
+                self._vain.pop(session, None)
             left = end - time.monotonic() if missing and len(self._waiting) < self._rows else 0.0
-            before = len(self._waiting)
             if not self._take(max(0.0, left)):
-                return
-            missing -= {j.request.session for j in self._waiting[before:] if j.request.session is not None}
+                break
+        for session in missing:
+            strikes = self._vain.get(session, (0, 0))[0] + 1
+            self._vain[session] = strikes, min(MAX_SKIPPED, 2**strikes)
+
+    def _expected(self, company: set[bytes]) -> set[bytes]:
+        """Those worth waiting for: who kept a round waiting in vain is not, for twice as many rounds each time."""
+        if len(self._vain) > MAX_REMEMBERED:
+            self._vain.clear()
+        expected = set()
+        for session in company:
+            strikes, skip = self._vain.get(session, (0, 0))
+            if skip:
+                self._vain[session] = strikes, skip - 1
+            else:
+                expected.add(session)
+        return expected
 
     def _take(self, timeout: float | None) -> bool:
         try:

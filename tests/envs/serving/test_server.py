@@ -547,3 +547,15 @@ def test_the_command_serves_and_leaves(tmp_path: Path, toy_path: Path) -> None:
     finally:
         process.kill()
         process.stderr.close()
+
+
+def test_large_requests_do_not_pile_up() -> None:
+    backend, limits = NullBackend(seconds=0.2), Limits(queue_bytes=3000)
+    with WorldServer(backend, "tcp://127.0.0.1:*", limits=limits, rows=1) as server, Wire(server.url) as wire:
+        sessions = [wire.create() for _ in range(4)]
+        large = {"action": np.zeros(250, np.float32)}
+        for session in sessions:
+            wire.send("step", session=session, seq=1, arrays=large)
+        codes = [r.error.code if r.error else "ok" for r in (wire.reply() for _ in range(4))]
+        assert sorted(codes) == ["busy", "ok", "ok", "ok"]
+        assert wire.step(sessions[3], 1).error is None

@@ -17,9 +17,11 @@ STILL = {"action": np.zeros(1, np.float32)}
 class Wire:
     """A DEALER. ``keys``: the client's pair; ``server``: the server's public key."""
 
-    def __init__(self, url: str, keys: KeyPair | None = None, server: bytes | None = None) -> None:
+    def __init__(
+        self, url: str, keys: KeyPair | None = None, server: bytes | None = None, high_water: int = 2000
+    ) -> None:
         self.context = zmq.Context.instance()
-        self.keys, self.server = keys, server
+        self.keys, self.server, self.high_water = keys, server, high_water
         self.socket = self.fresh()
         self.socket.connect(url)
 
@@ -27,7 +29,7 @@ class Wire:
         """A socket with this client's keys, not connected yet."""
         socket = self.context.socket(zmq.DEALER)
         socket.linger = 0
-        socket.sndhwm = socket.rcvhwm = 2000
+        socket.sndhwm, socket.rcvhwm = 10_000, self.high_water
         socket.sndtimeo = 2000  # without a connection there is nowhere to send to
         if self.keys is not None and self.server is not None:
             socket.curve_publickey, socket.curve_secretkey = self.keys.public, self.keys.secret
