@@ -131,11 +131,10 @@ class Transport:
 
     def receive(self) -> Message | None:
         """The next message, or None. Parts beyond what the protocol allows are thrown away as they come."""
-        try:
-            first = self.socket.recv(zmq.NOBLOCK, copy=False)
-        except zmq.Again:
+        if not self.socket.get(zmq.EVENTS) & zmq.POLLIN:
             return None
-        address, owner, more = first.bytes, "", first.more
+        address, owner = self.socket.recv(zmq.NOBLOCK), ""
+        more = self.socket.get(zmq.RCVMORE)
         parts: list[Any] = []
         count = size = 0
         while more:
