@@ -131,7 +131,7 @@ class Transport:
 
     def receive(self) -> Message | None:
         """The next message, or None. Parts beyond what the protocol allows are thrown away as they come."""
-        if not self.socket.get(zmq.EVENTS) & zmq.POLLIN:
+        if not int(self.socket.get(zmq.EVENTS)) & zmq.POLLIN:
             return None
         address, owner = self.socket.recv(zmq.NOBLOCK), ""
         more = self.socket.get(zmq.RCVMORE)
