@@ -326,6 +326,7 @@ def test_the_handler_survives_exceptions(
         assert server.zap.restarts == 0
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_handler_lets_nobody_in_and_is_begun_again(
     server: WorldServer, store: KeyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
