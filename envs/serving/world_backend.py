@@ -46,6 +46,8 @@ from envs.turn import (
 from worldmodel import Chunk, InputError, WorldModel, WorldState
 from worldmodel.condition.spaces import pack_actions
 
+SCORED = ("log_prob", "rate", "bits_per_dim", "action_gain", "noise_square")
+
 
 class Batch:
     """A state, and who still needs which row of it."""
@@ -420,7 +422,7 @@ class WorldBackend:
     def _score(self, rows: Sequence[Row]) -> list[Finished]:
         state, place, actions = self._gather(rows)
         score = rows[0].session.world.score(state, _frames(rows, place), actions, rows[0].draws)
-        results = [{name: float(value[b]) for name, value in vars(score).items()} for b in place]
+        results = [{name: float(getattr(score, name)[b]) for name in SCORED} for b in place]
         if not all(math.isfinite(x) for result in results for x in result.values()):
             raise ValueError("a score that is not finite")
         return [(row.job, Outcome(result)) for row, result in zip(rows, results, strict=True)]

@@ -24,7 +24,7 @@ from benchmarks.null_world import FAIL, NullBackend
 from envs.serving.protocol import Reply, encode_action
 from envs.serving.server import WorldServer
 from envs.serving.sessions import Limits
-from envs.serving.world_backend import WorldBackend, held_bytes, together
+from envs.serving.world_backend import SCORED, WorldBackend, held_bytes, together
 from tests.envs.serving.wire import STILL, Wire
 from worldmodel import WorldModel
 
@@ -94,7 +94,7 @@ def test_every_verb_is_the_local_one(served: Wire, toy: WorldModel, options: dic
     score = served.result(
         "score", session=session, arrays={"frames": frames, "action": actions[0]}, args={"draws": 3}
     )
-    assert score == {name: float(value[0]) for name, value in vars(local).items()}
+    assert score == {name: float(getattr(local, name)[0]) for name in SCORED}
     snapshot, moment = env.snapshot(), served.result("snapshot", session=session)["snapshot"]
     seq = 9
     if env._current()[1].over:
