@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from gymnasium import spaces
 
-from worldmodel import InputError, Sampling, WorldModel
-from worldmodel.checkpoint import WorldSpec, read_spec
-from worldmodel.published import obtain
+from worldmodel.errors import InputError
+from worldmodel.sampling import Sampling
+
+if TYPE_CHECKING:
+    from worldmodel import WorldModel
+    from worldmodel.checkpoint import WorldSpec
 
 StepMode = Literal["chunk", "frame"]
 Observation = Literal["pixels", "latent"]
@@ -83,6 +86,10 @@ def spec_of(world: str | Path | WorldModel) -> WorldSpec:
     Raises:
         CheckpointError: no such world. ConfigError: an unknown or missing key.
     """
+    from worldmodel import WorldModel  # here: clients of a served world do without torch
+    from worldmodel.checkpoint import read_spec
+    from worldmodel.published import obtain
+
     return world.spec if isinstance(world, WorldModel) else read_spec(obtain(world))
 
 
@@ -92,6 +99,9 @@ def load_world(world: str | Path | WorldModel, options: EnvOptions) -> WorldMode
     Raises:
         CheckpointError: a corrupt or truncated world directory.
     """
+    from worldmodel import WorldModel
+    from worldmodel.published import obtain
+
     if not isinstance(world, WorldModel):
         path = obtain(world).resolve()
         world = _load_once(path, (path / "world.json").stat().st_mtime_ns)
@@ -101,6 +111,8 @@ def load_world(world: str | Path | WorldModel, options: EnvOptions) -> WorldMode
 @lru_cache(maxsize=4)
 def _load_once(path: Path, written: int) -> WorldModel:
     """``written`` is part of the key, so that a world that was trained again is read again."""
+    from worldmodel import WorldModel
+
     return WorldModel.load(path)
 
 

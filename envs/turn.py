@@ -6,6 +6,7 @@ Axis letters: B sessions, T chunks, F pixel frames of a chunk, C latent channels
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -131,6 +132,12 @@ def concat_chunks(chunks: Sequence[Chunk]) -> Chunk:
 def session_seed(rng: np.random.Generator) -> int:
     """The seed of a new session's noise."""
     return int(rng.integers(2**62))
+
+
+def jumped(rng: np.random.Generator, steps: int) -> Any:
+    """The state of ``rng``, far ahead for another child; 0 is the stream itself."""
+    bits: Any = copy.deepcopy(rng).bit_generator
+    return bits.jumped(steps).state if steps else bits.state
 
 
 class Start(NamedTuple):

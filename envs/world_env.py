@@ -34,6 +34,7 @@ from envs.turn import (
     begin,
     check_reset_options,
     choose_start,
+    jumped,
     real_chunk,
     session_seed,
     turns,
@@ -246,7 +247,7 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
                 render_mode=None if self.render_mode == "human" else self.render_mode,
             )
             child._loaded = self.world
-            child.np_random.bit_generator.state = _jumped(self.np_random, i)
+            child.np_random.bit_generator.state = jumped(self.np_random, i)
             child._session = states.select([i]), turn, chunk
             children.append(child)
         return children
@@ -308,12 +309,6 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
             self._unrendered += list(frames.copy())
         if self._window is not None:
             self._window.show(frames)
-
-
-def _jumped(rng: np.random.Generator, steps: int) -> Any:
-    """The state of ``rng``, far ahead for another child; 0 is the stream itself."""
-    bits: Any = copy.deepcopy(rng).bit_generator
-    return bits.jumped(steps).state if steps else bits.state
 
 
 def _horizon(actions: Any) -> int:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = ("worldmodel", "envs", "agents", "examples")
 RIGHT_OF_ALL = ("tests", "benchmarks")
-COMMAND_LINE = ("worldmodel/cli.py", "worldmodel/__main__.py")
+COMMAND_LINE = ("worldmodel/cli.py", "worldmodel/cli_serving.py", "worldmodel/__main__.py")
 BANNED = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "torchvision"}
 
 
@@ -108,7 +108,7 @@ def test_the_checker_finds_banned(source: str) -> None:
 
 def test_worldmodel_loads_no_environment_and_no_socket() -> None:
     """Gymnasium's spaces and registry may load with the core; its environments, ours, and ZeroMQ may not."""
-    script = "import sys, worldmodel; print(*sorted(sys.modules))"
+    script = "import sys, worldmodel.world; print(*sorted(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from worldmodel import cli_serving
+
 if TYPE_CHECKING:
     from worldmodel.world import WorldModel
 
@@ -591,6 +593,9 @@ def bench_steps(
     from benchmarks.report import Options, run
 
     run(Options(world, quick, tuple(only or ()), threads, device, as_json))
+
+
+cli_serving.register(app)
 
 
 def main() -> NoReturn:

@@ -12,14 +12,14 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor
 
 from worldmodel.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Config = TypeVar("Config")
 
@@ -146,8 +146,10 @@ def save_tensors(
     Raises:
         CheckpointError: as `write_atomic`.
     """
+    from safetensors.torch import save_file  # here: configurations and videos are written without torch
+
     ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomic(path, lambda temporary: safetensors.torch.save_file(ready, temporary, dict(metadata or {})))
+    write_atomic(path, lambda temporary: save_file(ready, temporary, dict(metadata or {})))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -156,7 +158,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: no such file, or truncated or corrupt.
     """
-    return _reading(path, lambda: safetensors.torch.load_file(path))
+    from safetensors.torch import load_file
+
+    return _reading(path, lambda: load_file(path))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], bytes]:
@@ -193,6 +197,8 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: truncated, not a checkpoint, or not a plain state dict.
     """
+    import torch
+
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError as error:
@@ -203,7 +209,7 @@ def read_pth(path: Path) -> dict[str, Tensor]:
             f"{path} ({size:.2f} GB) is truncated or not a PyTorch state dict "
             f"({' '.join(str(error).split()):.100}); download it again"
         ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         what = (
             f"keys {', '.join(map(str, list(state)[:6]))}"
             if isinstance(state, Mapping)

@@ -138,6 +138,14 @@ class WorldState:
             None if states[0].prompts is None else tuple(p for s in states for p in s.prompts or ()),
         )
 
+    def gathered(self) -> WorldState:
+        """The same sessions, sharing no K/V with others; neighbours with contexts of one length are stored together.
+
+        A batch that `concat` made of single sessions steps faster after it, and what `select` took out of a large
+        batch stops keeping that batch's K/V alive. Copies the K/V.
+        """
+        return replace(self, context=self.context.gathered())
+
     def reseed(self, seeds: Sequence[int]) -> WorldState:
         """The same sessions with other noise from here on; ``seeds`` (B,)."""
         new = seed_tensor(seeds)

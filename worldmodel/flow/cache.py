@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -169,6 +170,25 @@ class Cohort:
         return replace(self, frames=self.frames - frames, first=self.first + frames, segments=tuple(segments))
 
 
+def _joined(cohorts: Sequence[Cohort], room: int) -> Cohort:
+    """Cohorts of one length as one, on a page of its own."""
+    rows, first = sum(c.rows for c in cohorts), cohorts[0]
+    tokens = sum(s.tokens for s in first.segments)
+    if not tokens:
+        return replace(first, rows=rows, segments=())
+    shape = list(first.segments[0].page.kv.shape)
+    shape[2], shape[-2] = rows, max(first.prefix + room, tokens)
+    storage, row = first.segments[0].page.kv.new_empty(shape), 0
+    for cohort in cohorts:
+        token = 0
+        for s in cohort.segments:
+            place = storage[:, :, row : row + cohort.rows, :, token : token + s.tokens]
+            place[:] = s.kv.repeat_interleave(s.fold, dim=2)
+            token += s.tokens
+        row += cohort.rows
+    return replace(first, rows=rows, segments=(Segment(Page(storage, tokens), 0, tokens),))
+
+
 @dataclass(frozen=True)
 class KVShape:
     """What a page of one transformer looks like."""
@@ -221,6 +241,14 @@ class KVCache:
             else:
                 groups.append((cohort, [inner]))
         return KVCache(tuple(self.cohorts[i].select(inner) for i, inner in groups))
+
+    def gathered(self, room: int) -> KVCache:
+        """The same pasts in pages of their own, with space for ``room`` tokens after the condition's; copies.
+
+        Neighbouring cohorts of one length become one, so that one pass serves all their rows.
+        """
+        alike = groupby(self.cohorts, key=lambda c: (c.frames, c.first, c.prefix))
+        return KVCache(tuple(_joined(list(group), room) for _, group in alike))
 
     @staticmethod
     def concat(caches: Iterable[KVCache]) -> KVCache:

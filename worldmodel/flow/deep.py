@@ -113,6 +113,12 @@ class Context:
             self.ahead_from,
         )
 
+    def gathered(self) -> Context:
+        """The same sequences with K/V of their own; see `KVCache.gathered`."""
+        room = (2 * self.window + 1) * self.u.shape[2]
+        uncond = None if self.uncond is None else self.uncond.gathered(room)
+        return replace(self, cache=self.cache.gathered(room), uncond=uncond)
+
     @staticmethod
     def concat(parts: Sequence[Context]) -> Context:
         """Batches one after the other.

@@ -1,0 +1,199 @@
+"""The server's ROUTER socket: bounded both ways, never blocking, never dropping in silence; and a way to wake it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from envs.serving.protocol import MAX_BLOBS, MAX_MESSAGE
+from envs.serving.security import ZAP_DOMAIN, KeyPair
+from worldmodel.errors import InputError
+
+log = logging.getLogger(__name__)
+
+MAX_PARTS = 2 + MAX_BLOBS
+BACKLOG_BYTES = 4 * MAX_MESSAGE  # of one peer
+ALL_BACKLOG_BYTES = 256 << 20
+BACKLOG_MESSAGES = 1024
+BACKLOG_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Message:
+    """What arrived. owner: the peer's key, "" without CURVE. parts: its message frames; None: more than a message of
+    the protocol may have, and thrown away.
+    """
+
+    address: bytes
+    owner: str
+    parts: list[Any] | None
+
+
+@dataclass(eq=False)
+class Backlog:
+    """Replies that a peer has not taken yet."""
+
+    since: float
+    messages: deque[list[Any]] = field(default_factory=deque)
+    nbytes: int = 0
+
+
+class Inbox:
+    """Calls handed to the front's thread by others; ``fileno`` is readable when there are any."""
+
+    def __init__(self) -> None:
+        self._calls: deque[Callable[[], None]] = deque()
+        self._ours, self._theirs = socket.socketpair()
+        for end in (self._ours, self._theirs):
+            end.setblocking(False)
+
+    def fileno(self) -> int:
+        """For a poller."""
+        return self._ours.fileno()
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Have the front's thread make this call; from any thread."""
+        self._calls.append(call)
+        with contextlib.suppress(BlockingIOError, OSError):  # full: it is awake already; closed: it is gone
+            self._theirs.send(b"!")
+
+    def run(self) -> None:
+        """Make the calls that are there."""
+        with contextlib.suppress(BlockingIOError):
+            self._ours.recv(4096)
+        for _ in range(len(self._calls)):
+            try:
+                self._calls.popleft()()
+            except Exception:  # one reply's bug must not end the thread that serves all
+                log.exception("a call into the front failed")
+
+    def close(self) -> None:
+        """Close both ends."""
+        self._ours.close()
+        self._theirs.close()
+
+
+class Transport:
+    """A bound ROUTER. ``counts``: messages received, sent, dropped (``unreachable``, ``backlog``), rebound.
+
+    Raises:
+        InputError: the address cannot be bound.
+    """
+
+    def __init__(self, context: zmq.Context[Any], url: str, keys: KeyPair | None) -> None:
+        self.counts: Counter[str] = Counter()
+        self._context = context
+        self._keys = keys
+        self._backlogs: dict[bytes, Backlog] = {}
+        self.socket = self._bound(url, 0.0)
+        self.url = bytes(self.socket.last_endpoint).decode()  # type: ignore[arg-type]
+
+    def _bound(self, url: str, patience: float) -> zmq.Socket[bytes]:
+        s = self._context.socket(zmq.ROUTER)
+        s.linger, s.maxmsgsize, s.router_mandatory = 0, MAX_MESSAGE, 1
+        s.sndhwm = s.rcvhwm = 8
+        s.handshake_ivl, s.heartbeat_ivl, s.heartbeat_timeout, s.heartbeat_ttl = 2000, 1000, 3000, 3000
+        if self._keys is not None:
+            s.curve_server, s.zap_domain = True, ZAP_DOMAIN
+            s.zap_enforce_domain = True  # else a dead handler would let every key in
+            s.curve_publickey, s.curve_secretkey = self._keys.public, self._keys.secret
+        end = time.monotonic() + patience
+        while True:
+            try:
+                s.bind(url)
+                return s
+            except zmq.ZMQError as error:
+                if time.monotonic() > end:
+                    s.close(0)
+                    raise InputError(
+                        f"cannot bind {url}: {error}; expected tcp://address:port, free"
+                    ) from error
+                time.sleep(0.01)
+
+    def rebind(self) -> None:
+        """Drop every connection and all that has piled up in them; clients come back by themselves.
+
+        The one way to be rid of a multipart message that never ends: libzmq keeps its parts, and no option
+        bounds how many.
+        """
+        self.socket.close(0)
+        self._backlogs.clear()
+        self.counts["rebound"] += 1
+        self.socket = self._bound(self.url, 5.0)
+
+    def receive(self) -> Message | None:
+        """The next message, or None. Parts beyond what the protocol allows are thrown away as they come."""
+        if not int(self.socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            return None
+        address, owner = self.socket.recv(zmq.NOBLOCK), ""
+        more = self.socket.get(zmq.RCVMORE)
+        parts: list[Any] = []
+        count = size = 0
+        while more:
+            frame = self.socket.recv(copy=False)
+            more = frame.more
+            count, size = count + 1, size + len(frame.buffer)
+            if count == 1 and self._keys is not None:
+                with contextlib.suppress(zmq.ZMQError):  # none: nobody's, which is refused
+                    owner = str(frame.get("User-Id"))
+            if count > MAX_PARTS or size > 2 * MAX_MESSAGE:
+                parts.clear()
+            else:
+                parts.append(frame.buffer)
+        self.counts["received"] += 1
+        whole = count <= MAX_PARTS and size <= 2 * MAX_MESSAGE
+        return Message(address, owner, parts if whole else None)
+
+    def send(self, address: bytes, parts: Sequence[Any]) -> None:
+        """Send, or keep for a peer that is slow; what a peer that is gone would get is counted and dropped."""
+        backlog = self._backlogs.get(address)
+        if backlog is None and self._sent(address, parts):
+            return
+        size = sum(len(part) for part in parts)
+        backlog = backlog or self._backlogs.setdefault(address, Backlog(time.monotonic()))
+        total = sum(b.nbytes for b in self._backlogs.values())
+        full = backlog.nbytes + size > BACKLOG_BYTES or total + size > ALL_BACKLOG_BYTES
+        if full or len(backlog.messages) >= BACKLOG_MESSAGES:
+            self.counts["dropped"] += 1
+            return
+        backlog.messages.append(list(parts))
+        backlog.nbytes += size
+
+    def flush(self) -> bool:
+        """Try what is kept again; whether anything still is."""
+        for address, backlog in list(self._backlogs.items()):
+            while backlog.messages and self._sent(address, backlog.messages[0]):
+                backlog.nbytes -= sum(len(part) for part in backlog.messages.popleft())
+                backlog.since = time.monotonic()
+            if backlog.messages and time.monotonic() - backlog.since > BACKLOG_SECONDS:
+                self.counts["dropped"] += len(backlog.messages)
+                backlog.messages.clear()
+            if not backlog.messages:
+                del self._backlogs[address]
+        return bool(self._backlogs)
+
+    def _sent(self, address: bytes, parts: Sequence[Any]) -> bool:
+        """Whether it is on its way, or nowhere to go."""
+        try:
+            self.socket.send_multipart([address, *parts], zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self.counts["unreachable"] += 1
+            return True
+        self.counts["sent"] += 1
+        return True
+
+    def close(self, linger: float) -> None:
+        """Close, giving what is on its way up to ``linger`` seconds."""
+        self.socket.close(int(1000 * linger))

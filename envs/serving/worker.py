@@ -1,0 +1,203 @@
+"""The one thread that touches a model: it takes requests from a queue, in rounds, and hands them to a backend.
+
+A round is what several clients ask for within a few milliseconds, so that one forward pass serves them all.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from envs.serving.protocol import Request, ServingError
+
+MAX_SKIPPED = 64
+MAX_REMEMBERED = 4096
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Job:
+    """A request for the model. made: the names that the front gives to what it makes (sessions or a snapshot).
+
+    expires: `time.monotonic` after which it is not to begin. cancelled: set by the front.
+    """
+
+    request: Request
+    made: tuple[bytes, ...] = ()
+    expires: float = float("inf")
+    cancelled: bool = False
+
+    def refusal(self, now: float) -> ServingError | None:
+        """Why it is not to begin, or go on, if it is not."""
+        if self.cancelled:
+            return ServingError("cancelled", "cancelled before it was done; nothing has changed")
+        if now > self.expires:
+            return ServingError("deadline", "it would have begun after its deadline; nothing has changed")
+        return None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a job: the reply's result and arrays (never written to again), and for viewers the new frames
+    (n, height, width, 3) uint8 and the action that caused them.
+    """
+
+    result: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    frames: np.ndarray | None = None
+    action: Any = None
+
+
+Finished = tuple[Job, Outcome | ServingError]
+
+
+class Backend(Protocol):
+    """Where sessions live. Called by the worker's thread only.
+
+    facts: what `hello` says of the world (world, fingerprint, frame_size, chunk_frames, latent_shape, fps, sampling).
+    action_space: its JSON. session_bytes: memory that one session may come to hold, with its last reply.
+    """
+
+    facts: Mapping[str, Any]
+    action_space: bytes
+    session_bytes: int
+
+    @property
+    def going_on(self) -> bool:
+        """Whether jobs of earlier rounds are not finished; `run` is then called again at once."""
+
+    def run(self, jobs: Sequence[Job]) -> list[Finished]:
+        """One round: jobs of different sessions. Each is done whole or, with an error, not at all."""
+
+
+def internal_error(error: BaseException) -> ServingError:
+    """What clients hear of a failure of the model; the log says more, under the correlation id."""
+    correlation = secrets.token_hex(6)
+    log.error("internal error %s", correlation, exc_info=error)
+    message = "the model failed; nothing has changed; the server's log says more"
+    return ServingError("internal", message, correlation=correlation)
+
+
+class Worker(threading.Thread):
+    """Runs a backend.
+
+    Args:
+        report: called in this thread with what is finished.
+        window: seconds that a round waits for those who took part in the last one.
+        rows: the most jobs of a round.
+    """
+
+    def __init__(
+        self, backend: Backend, report: Callable[[list[Finished]], None], window: float, rows: int
+    ) -> None:
+        super().__init__(name="worldmodel-worker", daemon=True)
+        self.rounds = 0
+        self.jobs = 0
+        self.seconds = 0.0
+        self._backend = backend
+        self._report = report
+        self._window = window
+        self._rows = rows
+        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._waiting: list[Job] = []
+        self._stopping = False
+        self._vain: dict[bytes, tuple[int, int]] = {}  # waits in vain in a row, rounds to do without waiting
+
+    def submit(self, job: Job) -> None:
+        """Put a job into the queue; from any thread."""
+        self._queue.put(job)
+
+    def stop(self) -> None:
+        """Finish the round and end."""
+        self._queue.put(None)
+
+    def run(self) -> None:
+        """Rounds until `stop`."""
+        company: set[bytes] = set()
+        while True:
+            self._gather(company)
+            if self._stopping:
+                return
+            jobs, refused = self._round()
+            company = {j.request.session for j in jobs if j.request.session and j.request.op == "step"}
+            began = time.perf_counter()
+            try:
+                finished = self._backend.run(jobs)
+            except Exception as error:  # a backend's own bug; the thread must live
+                failure = internal_error(error)
+                finished = [(job, failure) for job in jobs]
+            self.seconds += time.perf_counter() - began
+            self.rounds += bool(jobs)
+            self.jobs += len(jobs)
+            if refused or finished:
+                self._report(refused + finished)
+
+    def _gather(self, company: set[bytes]) -> None:
+        """Wait for a first job, then up to the window for the rest of the last round's company."""
+        if not self._waiting and not self._backend.going_on:
+            self._take(None)
+        end = time.monotonic() + self._window
+        missing = self._expected(company)
+        while not self._stopping:
+            for session in missing.intersection(j.request.session for j in self._waiting):
+                missing.discard(session)
+                self._vain.pop(session, None)
+            left = end - time.monotonic() if missing and len(self._waiting) < self._rows else 0.0
+            if not self._take(max(0.0, left)):
+                break
+        for session in missing:
+            strikes = self._vain.get(session, (0, 0))[0] + 1
+            self._vain[session] = strikes, min(MAX_SKIPPED, 2**strikes)
+
+    def _expected(self, company: set[bytes]) -> set[bytes]:
+        """Those worth waiting for: who kept a round waiting in vain is not, for twice as many rounds each time."""
+        if len(self._vain) > MAX_REMEMBERED:
+            self._vain.clear()
+        expected = set()
+        for session in company:
+            strikes, skip = self._vain.get(session, (0, 0))
+            if skip:
+                self._vain[session] = strikes, skip - 1
+            else:
+                expected.add(session)
+        return expected
+
+    def _take(self, timeout: float | None) -> bool:
+        try:
+            job = self._queue.get(timeout=timeout) if timeout != 0.0 else self._queue.get_nowait()
+        except queue.Empty:
+            return False
+        if job is None:
+            self._stopping = True
+        else:
+            self._waiting.append(job)
+        return True
+
+    def _round(self) -> tuple[list[Job], list[Finished]]:
+        """The jobs of the next round, one a session, in the order they came; and those not to begin."""
+        now = time.monotonic()
+        jobs: list[Job] = []
+        refused: list[Finished] = []
+        later: list[Job] = []
+        taken: set[bytes] = set()
+        for job in self._waiting:
+            session = job.request.session
+            if refusal := job.refusal(now):
+                refused.append((job, refusal))
+            elif len(jobs) >= self._rows or (session is not None and session in taken):
+                later.append(job)
+            else:
+                jobs.append(job)
+            if session is not None:
+                taken.add(session)
+        self._waiting = later
+        return jobs, refused

@@ -1,0 +1,570 @@
+"""Sessions of one world, many to a forward pass: what `WorldModelEnv` does, for whoever asks in the same round.
+
+Only the worker's thread comes here. A session's state is a row of a batch (`Slot`); sessions that keep stepping
+together stay together, and nothing is copied from round to round.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from gymnasium.utils import seeding
+
+from envs.options import EnvOptions, batch_of_one, check_max_chunks, load_world
+from envs.serving.protocol import (
+    IMAGINED,
+    MAX_DRAWS,
+    MAX_IMAGINE,
+    MAX_MESSAGE,
+    Request,
+    ServingError,
+    decode_action,
+)
+from envs.serving.worker import Finished, Job, Outcome, internal_error
+from envs.snapshot import Snapshot, check_snapshot, continue_snapshot
+from envs.turn import (
+    Start,
+    Turn,
+    at_chunk,
+    begin,
+    check_reset_options,
+    choose_start,
+    chunk_rows,
+    jumped,
+    real_chunk,
+    session_seed,
+    turns,
+)
+from worldmodel import Chunk, InputError, WorldModel, WorldState
+from worldmodel.condition.spaces import pack_actions
+
+SCORED = ("log_prob", "rate", "bits_per_dim", "action_gain", "noise_square")
+
+
+class Batch:
+    """A state, and who still needs which row of it."""
+
+    def __init__(self, state: WorldState) -> None:
+        self.state = state
+        self._slots: list[weakref.ref[Slot]] = []
+
+    def slots(self) -> list[Slot]:
+        """One slot for each row."""
+        slots = [Slot(self, row) for row in range(self.state.rows)]
+        self._slots = [weakref.ref(slot) for slot in slots]
+        return slots
+
+    def thin(self, row_bytes: int) -> None:
+        """Give the rows still needed a state of their own, where most of what this one holds is for nobody."""
+        live = [slot for slot in (ref() for ref in self._slots) if slot is not None]
+        if not live or len(live) == self.state.rows or held_bytes(self.state) <= 2 * len(live) * row_bytes:
+            return
+        batch = Batch(self.state.select([slot.row for slot in live]).gathered())
+        for row, slot in enumerate(live):
+            slot.batch, slot.row = batch, row
+        batch._slots = [weakref.ref(slot) for slot in live]
+
+
+class Slot:
+    """Where the state of a session is: a row of a batch."""
+
+    __slots__ = ("__weakref__", "batch", "row")
+
+    def __init__(self, batch: Batch, row: int) -> None:
+        self.batch = batch
+        self.row = row
+
+    def state(self) -> WorldState:
+        """The session alone (B = 1), sharing no memory with the rest of a larger batch."""
+        whole = self.batch.state
+        return whole if whole.rows == 1 else whole.select([self.row]).gathered()
+
+
+def together(slots: Sequence[Slot]) -> tuple[WorldState, list[int]]:
+    """The sessions in one state, and which row each of them is; the batch itself if they are all of it."""
+    batch = slots[0].batch
+    rows = [slot.row for slot in slots]
+    if all(slot.batch is batch for slot in slots) and sorted(rows) == list(range(batch.state.rows)):
+        return batch.state, rows
+    lengths = {slot.batch: slot.batch.state.context.frames for slot in slots}
+    order = sorted(
+        range(len(slots)),
+        key=lambda i: (lengths[slots[i].batch][rows[i]], id(slots[i].batch), rows[i]),
+    )
+    parts: list[tuple[Batch, list[int]]] = []
+    for i in order:
+        if not parts or parts[-1][0] is not slots[i].batch:
+            parts.append((slots[i].batch, []))
+        parts[-1][1].append(rows[i])
+    joined = WorldState.concat([b.state.select(chosen) for b, chosen in parts]).gathered()
+    return joined, [order.index(i) for i in range(len(slots))]
+
+
+def held_bytes(state: WorldState) -> int:
+    """Bytes that a state keeps alive: whole pages, not just what is in view."""
+    caches = [state.context.cache] + ([state.context.uncond] if state.context.uncond is not None else [])
+    segments = [s for cache in caches for c in cache.cohorts for s in c.segments]
+    pages = {s.page.kv.untyped_storage().data_ptr(): s.page.kv.untyped_storage().nbytes() for s in segments}
+    others = [state.noisy, state.latent, state.context.u, *state.codec.values()]
+    return sum(pages.values()) + sum(t.untyped_storage().nbytes() for t in others)
+
+
+@dataclass(frozen=True)
+class Session:
+    """An environment: its options, where its state is, its current chunk and its random stream.
+
+    chunk, row: the chunk with its maps and latents, of all the sessions of its round, and which one is this.
+    """
+
+    world: WorldModel
+    options: EnvOptions
+    max_chunks: int | None
+    slot: Slot
+    turn: Turn
+    chunk: Chunk
+    row: int
+    rng: np.random.Generator
+
+    def snapshot(self) -> Snapshot:
+        """As `WorldModelEnv.snapshot`."""
+        return Snapshot(
+            self.slot.state(),
+            self.turn,
+            chunk_rows(self.chunk, [self.row]),
+            dict(copy.deepcopy(self.rng.bit_generator.state)),
+            self.world.fingerprint,
+        )
+
+
+@dataclass(eq=False)
+class Row:
+    """What one job asks of a forward pass; ``key`` says who may share it."""
+
+    job: Job
+    key: tuple[Any, ...]
+    session: Session
+    action: Any = None
+    frames: np.ndarray | None = None
+    start: Start | None = None
+    seed: int = 0
+    draws: int = 1
+    plan: Imagination | None = None
+
+
+@dataclass(eq=False)
+class Imagination:
+    """A job that takes as many rounds as it has chunks; ``chunks`` (B = 1) are those done."""
+
+    job: Job
+    session: Session
+    slot: Slot
+    actions: Any
+    horizon: int
+    chunks: list[Chunk] = field(default_factory=list)
+
+
+class WorldBackend:
+    """Sessions of ``world``; see `envs.serving.worker.Backend`."""
+
+    def __init__(self, world: WorldModel) -> None:
+        spec = world.spec
+        self.world = world
+        self.facts: Mapping[str, Any] = {
+            "world": spec.name,
+            "fingerprint": world.fingerprint,
+            "frame_size": list(spec.frame_size),
+            "chunk_frames": world.chunk_frames,
+            "latent_shape": list(world.latent_shape),
+            "fps": float(spec.fps),
+            "sampling": {
+                "guidance": float(spec.sampling.guidance),
+                "temperature": float(spec.sampling.temperature),
+                "context": spec.sampling.context,
+            },
+        }
+        self.action_space = json.dumps(spec.action_space_json).encode()
+        self._sessions: dict[bytes, Session] = {}
+        self._snapshots: dict[bytes, Session] = {}
+        self._plans: list[Imagination] = []
+        self._row_bytes = held_bytes(world.reset([0])[0].gathered())
+        self.session_bytes = self._row_bytes + 2 * math.prod(world.frames_shape)
+
+    @property
+    def going_on(self) -> bool:
+        """Whether an imagination has chunks to go."""
+        return bool(self._plans)
+
+    def run(self, jobs: Sequence[Job]) -> list[Finished]:
+        """One round. Sessions that ask for the same kind of thing share a forward pass."""
+        finished: list[Finished] = []
+        groups: dict[tuple[Any, ...], list[Row]] = {}
+        batches = [s.slot.batch for s in map(self._sessions.get, _sessions(jobs)) if s is not None]
+        for job in jobs:
+            try:
+                outcome = self._prepare(job)
+            except Exception as error:
+                finished.append((job, _failure(error)))
+                continue
+            if isinstance(outcome, Row):
+                groups.setdefault(outcome.key, []).append(outcome)
+            elif outcome is not None:
+                finished.append((job, outcome))
+        for row in self._plan_rows(finished):
+            groups.setdefault(row.key, []).append(row)
+        for rows in groups.values():
+            finished += self._pass(rows)
+        for batch in dict.fromkeys(batches):
+            batch.thin(self._row_bytes)
+        return finished
+
+    # ---- one job, before the forward pass --------------------------------------------------------------------
+    def _prepare(self, job: Job) -> Row | Outcome | None:
+        """What the job asks of a forward pass, or its outcome where it needs none (None: in rounds to come)."""
+        request = job.request
+        if request.op == "create":
+            return self._start_row(job, self._fresh(request))
+        if request.op == "discard":
+            self._snapshots.pop(request.args.get("snapshot", b""), None)
+            return Outcome()
+        session = self._sessions.get(request.session or b"")
+        if session is None:
+            raise ServingError("no_session", "no such session; create one")
+        if request.op == "close":
+            del self._sessions[request.session or b""]
+            return Outcome()
+        if request.op == "reset":
+            return self._start_row(job, session)
+        if request.op == "step":
+            return self._step_row(job, session)
+        if request.op in ("observe", "score"):
+            return self._real_row(job, session)
+        if request.op == "imagine":
+            self._plans.append(self._imagination(job, session))
+            return None
+        return self._at_once(job, session)
+
+    def _at_once(self, job: Job, session: Session) -> Outcome:
+        request = job.request
+        if request.op == "attach":
+            return self._show(session, request)
+        if request.op == "snapshot":
+            alone = session.slot if session.slot.batch.state.rows == 1 else _one(session.slot.state())
+            self._snapshots[job.made[0]] = replace(session, slot=alone, rng=copy.deepcopy(session.rng))
+            return Outcome({"snapshot": job.made[0], "nbytes": held_bytes(alone.batch.state)})
+        if request.op == "restore":
+            snapshot = self._snapshot(request)
+            check_snapshot(session.world, snapshot.snapshot(), session.options)
+            after = replace(
+                snapshot,
+                world=session.world,
+                options=session.options,
+                max_chunks=session.max_chunks,
+                rng=copy.deepcopy(snapshot.rng),
+            )
+            self._sessions[request.session or b""] = after
+            return self._show(after, request)
+        if request.op == "fork":
+            children = Batch(session.slot.state().fork(len(job.made))).slots()
+            for i, (name, slot) in enumerate(zip(job.made, children, strict=True)):
+                rng = np.random.Generator(np.random.PCG64())
+                rng.bit_generator.state = jumped(session.rng, i)
+                self._sessions[name] = replace(session, slot=slot, rng=rng)
+            shown = self._show(session, request)
+            return replace(shown, result={**shown.result, "sessions": list(job.made)})
+        raise ServingError("unsupported", f"this server does not do {request.op}")
+
+    def _fresh(self, request: Request) -> Session:
+        """A session that has not begun: options checked, and no past."""
+        given = request.args
+        options = EnvOptions(
+            step_mode=given.get("step_mode", "chunk"),
+            observation=given.get("observation", "pixels"),
+            termination_threshold=float(given.get("termination_threshold", 0.5)),
+            **{k: given[k] for k in ("guidance", "temperature", "context") if k in given},
+        )
+        rng = seeding.np_random(None)[0]
+        bare: Any = None
+        horizon = check_max_chunks(given.get("max_chunks"))
+        return Session(load_world(self.world, options), options, horizon, bare, bare, bare, 0, rng)
+
+    def _start_row(self, job: Job, session: Session) -> Row | Outcome:
+        """A session's first chunk; see `WorldModelEnv.reset`."""
+        request = job.request
+        seed = request.args.get("seed")
+        rng = copy.deepcopy(session.rng) if seed is None else _stream(seed)
+        source: dict[str, Any] = {k: request.args[k] for k in ("bank_index", "prompt") if k in request.args}
+        source |= {k: np.asarray(v) for k, v in request.arrays.items()}
+        if "snapshot" in request.args:
+            source["snapshot"] = self._snapshot(request).snapshot()
+        source = check_reset_options(source)
+        if "snapshot" in source:
+            state, turn, chunk, rng = continue_snapshot(
+                session.world, source["snapshot"], session.options, None if seed is None else rng
+            )
+            return self._enter(
+                job, replace(session, slot=_one(state), turn=turn, chunk=chunk, row=0, rng=rng)
+            )
+        start = choose_start(session.world, source, rng)
+        key = ("start", session.world.spec.sampling)
+        return Row(job, key, replace(session, rng=rng), start=start, seed=session_seed(rng))
+
+    def _step_row(self, job: Job, session: Session) -> Row | Outcome:
+        given = _action(job.request)
+        if not session.turn.over:
+            return self._enter(job, replace(session, turn=session.turn.next_frame()), given)
+        action = self._lifted(session, given)
+        return Row(job, ("step", session.world.spec.sampling, _kinds(action)), session, action)
+
+    def _real_row(self, job: Job, session: Session) -> Row:
+        request = job.request
+        left = len(session.turn.frames) - session.turn.shown
+        if request.op == "observe" and left:
+            raise InputError(f"{left} frames of this chunk are still to show; step on first")
+        if "frames" not in request.arrays:
+            raise InputError(f"{request.op} takes the frames of a chunk")
+        frames = real_chunk(session.world, request.arrays["frames"])
+        given = _action(request)
+        action = None if given is None else self._lifted(session, given)
+        draws = int(request.args.get("draws", 1))
+        if not 1 <= draws <= MAX_DRAWS:
+            raise InputError(f"draws is {draws}, expected 1 to {MAX_DRAWS}")
+        key = (request.op, session.world.spec.sampling, _kinds(action), draws)
+        return Row(job, key, session, action, frames, draws=draws)
+
+    def _imagination(self, job: Job, session: Session) -> Imagination:
+        lifted = batch_of_one(session.world.spec.action_space, _action(job.request))
+        lengths = {leaf.shape[1] if leaf.ndim > 1 else 0 for leaf in _leaves(lifted)}
+        horizon = min(lengths, default=0)
+        if len(lengths) != 1 or horizon < 1:
+            raise InputError("imagine takes a sequence of actions, with chunks on the first axis")
+        sizes = {
+            "frames": math.prod(session.world.frames_shape),
+            "latent": 4 * math.prod(session.world.latent_shape),
+            "noise": 4 * math.prod(session.world.latent_shape),
+            "log_prob_map": 4 * math.prod(session.world.latent_shape[1:]),
+        }
+        each = sum(sizes[name] for name in {"frames", *job.request.args.get("want", ())})
+        most = min(MAX_IMAGINE, (MAX_MESSAGE - (64 << 10)) // each)
+        if horizon > most:
+            raise ServingError("too_large", f"{horizon} chunks at once, at most {most}; imagine fewer")
+        if session.world.actions is not None:
+            pack_actions(session.world.spec.action_space, _first(lifted), horizon)
+        return Imagination(job, session, session.slot, lifted, horizon)
+
+    def _plan_rows(self, finished: list[Finished]) -> list[Row]:
+        """The next chunk of each imagination that goes on."""
+        rows, kept = [], []
+        for plan in self._plans:
+            if refusal := plan.job.refusal(time.monotonic() if not plan.chunks else -math.inf):
+                finished.append((plan.job, refusal))
+                continue
+            action = at_chunk(plan.actions, len(plan.chunks))
+            key = ("step", plan.session.world.spec.sampling, _kinds(action))
+            rows.append(Row(plan.job, key, replace(plan.session, slot=plan.slot), action, plan=plan))
+            kept.append(plan)
+        self._plans = kept
+        return rows
+
+    def _lifted(self, session: Session, action: Any) -> Any:
+        """One action as a batch of one, checked alone, so that it cannot fail for others."""
+        space = session.world.spec.action_space
+        batch = batch_of_one(space, action)
+        if session.world.actions is not None:
+            pack_actions(space, batch, 1)
+        return batch
+
+    def _snapshot(self, request: Request) -> Session:
+        snapshot = self._snapshots.get(request.args.get("snapshot", b""))
+        if snapshot is None:
+            raise ServingError("no_session", "no such snapshot; it was discarded, or is another key's")
+        return snapshot
+
+    # ---- the forward pass ------------------------------------------------------------------------------------
+    def _pass(self, rows: Sequence[Row]) -> list[Finished]:
+        """One forward pass for all rows; if it fails, one for each, so that none suffers for another."""
+        compute: Mapping[str, Callable[[Sequence[Row]], list[Finished]]] = {
+            "start": self._begin,
+            "step": self._step,
+            "observe": self._observe,
+            "score": self._score,
+        }
+        try:
+            return compute[rows[0].key[0]](rows)
+        except Exception as error:
+            if len(rows) > 1:
+                return [done for row in rows for done in self._pass([row])]
+            self._plans = [plan for plan in self._plans if plan is not rows[0].plan]
+            return [(rows[0].job, _failure(error))]
+
+    def _begin(self, rows: Sequence[Row]) -> list[Finished]:
+        starts = [row.start for row in rows if row.start is not None]
+        state, chunk = begin(rows[0].session.world, starts, [row.seed for row in rows])
+        return self._commit(rows, state, chunk, list(range(len(rows))), at_reset=True)
+
+    def _step(self, rows: Sequence[Row]) -> list[Finished]:
+        state, place, actions = self._gather(rows)
+        state, chunk = rows[0].session.world.step(state, actions)
+        return self._commit(rows, state, chunk, place)
+
+    def _observe(self, rows: Sequence[Row]) -> list[Finished]:
+        state, place, actions = self._gather(rows)
+        state, chunk = rows[0].session.world.observe(state, _frames(rows, place), actions)
+        return self._commit(rows, state, chunk, place)
+
+    def _score(self, rows: Sequence[Row]) -> list[Finished]:
+        state, place, actions = self._gather(rows)
+        score = rows[0].session.world.score(state, _frames(rows, place), actions, rows[0].draws)
+        results = [{name: float(getattr(score, name)[b]) for name in SCORED} for b in place]
+        if not all(math.isfinite(x) for result in results for x in result.values()):
+            raise ValueError("a score that is not finite")
+        return [(row.job, Outcome(result)) for row, result in zip(rows, results, strict=True)]
+
+    def _gather(self, rows: Sequence[Row]) -> tuple[WorldState, list[int], Any]:
+        """One state, which row of it each job is, and the actions in that order."""
+        state, place = together([row.session.slot for row in rows])
+        order = np.argsort(place)
+        return state, place, _stacked([rows[i].action for i in order])
+
+    def _commit(
+        self,
+        rows: Sequence[Row],
+        state: WorldState,
+        chunk: Chunk,
+        place: Sequence[int],
+        at_reset: bool = False,
+    ) -> list[Finished]:
+        """New sessions from a pass, once all of them are known to be sound."""
+        finite = [chunk.log_prob, chunk.action_gain, chunk.reward, chunk.termination, chunk.latent]
+        if not all(bool(x.isfinite().all()) for x in finite):
+            raise ValueError("the model returned a value that is not finite")
+        slots = Batch(state).slots()
+        counts = [0 if at_reset else int(row.session.turn.info["chunk"]) + 1 for row in rows]
+        finished: list[Finished] = []
+        entered: list[tuple[Job, Session, Outcome]] = []
+        for i, (row, b) in enumerate(zip(rows, place, strict=True)):
+            if row.plan is not None:
+                finished += self._advance(row.plan, slots[b], chunk_rows(chunk, [b]))
+                continue
+            old = row.session
+            turn = turns(_only(chunk, b), [counts[i]], [old.max_chunks], old.options)[0]
+            if row.key[0] == "observe":
+                turn = replace(turn, shown=len(turn.frames))
+            after = replace(old, slot=slots[b], turn=turn, chunk=chunk, row=b)
+            entered.append((row.job, after, self._show(after, row.job.request, row.action)))
+        for job, session, outcome in entered:
+            self._sessions[_name(job)] = session
+            finished.append((job, outcome))
+        return finished
+
+    def _advance(self, plan: Imagination, slot: Slot, chunk: Chunk) -> list[Finished]:
+        plan.slot = slot
+        plan.chunks.append(chunk)
+        if len(plan.chunks) < plan.horizon:
+            return []
+        self._plans.remove(plan)
+
+        def stack(name: str) -> np.ndarray:
+            return np.concatenate([getattr(c, name).cpu().numpy() for c in plan.chunks])
+
+        arrays = {
+            "frames": stack("frames"),
+            "scalars": np.stack([stack(name).astype(np.float64) for name in IMAGINED], axis=1),
+        }
+        arrays |= {n: stack(n) for n in plan.job.request.args.get("want", ()) if n != "frames"}
+        return [(plan.job, Outcome({"horizon": plan.horizon}, arrays))]
+
+    # ---- after it --------------------------------------------------------------------------------------------
+    def _enter(self, job: Job, session: Session, action: Any = None) -> Outcome:
+        """Make this the session from here on."""
+        outcome = self._show(session, job.request, action)
+        self._sessions[_name(job)] = session
+        return outcome
+
+    def _show(self, session: Session, request: Request, action: Any = None) -> Outcome:
+        """A session's turn as a reply; arrays are never written to again."""
+        turn, options = session.turn, session.options
+        _, reward, terminated, truncated, info = turn.outcome(options)
+        if request.op == "observe":
+            reward = turn.reward
+        new = turn.new_frames(options)
+        observation = turn.latent if options.observation == "latent" else new
+        if options.step_mode == "frame":
+            observation = new[0]
+        arrays = {"observation": observation}
+        for name in request.args.get("want", ()):
+            value = getattr(session.chunk, name)[session.row].cpu().numpy()
+            arrays[name] = turn.frames if name == "frames" else value
+        result = {"reward": float(reward), "terminated": terminated, "truncated": truncated, "info": info}
+        return Outcome(result, arrays, new, action)
+
+
+def _one(state: WorldState) -> Slot:
+    return Batch(state).slots()[0]
+
+
+def _sessions(jobs: Sequence[Job]) -> list[bytes]:
+    return [job.request.session for job in jobs if job.request.session is not None]
+
+
+def _name(job: Job) -> bytes:
+    """The session that a job makes or changes."""
+    return job.made[0] if job.request.op == "create" else job.request.session or b""
+
+
+def _only(chunk: Chunk, b: int) -> Chunk:
+    """One session of a chunk, in memory of its own."""
+    return chunk if len(chunk.log_prob) == 1 else chunk_rows(chunk, [b])
+
+
+def _stream(seed: int) -> np.random.Generator:
+    if not 0 <= seed < 1 << 63:
+        raise InputError(f"seed {seed} is out of range; expected an integer in [0, 2^63)")
+    return seeding.np_random(seed)[0]
+
+
+def _failure(error: Exception) -> ServingError:
+    """What a client hears: its own mistake as it is, ours as ``internal``."""
+    if isinstance(error, ServingError):
+        return error
+    return ServingError("invalid", str(error)) if isinstance(error, InputError) else internal_error(error)
+
+
+def _action(request: Request) -> Any:
+    return decode_action(request.arrays, request.args.get("text", {}))
+
+
+def _first(batch: Any) -> Any:
+    return {k: _first(v) for k, v in batch.items()} if isinstance(batch, Mapping) else batch[0]
+
+
+def _leaves(action: Any) -> list[Any]:
+    if isinstance(action, Mapping):
+        return [leaf for value in action.values() for leaf in _leaves(value)]
+    return [action]
+
+
+def _kinds(action: Any) -> Any:
+    """Names and dtypes of an action's leaves: those with the same can be stacked."""
+    if isinstance(action, Mapping):
+        return tuple((key, _kinds(action[key])) for key in sorted(action))
+    return None if action is None else action.dtype.str
+
+
+def _stacked(actions: Sequence[Any]) -> Any:
+    if actions[0] is None:
+        return None
+    if isinstance(actions[0], Mapping):
+        return {key: _stacked([a[key] for a in actions]) for key in actions[0]}
+    return np.concatenate(actions)
+
+
+def _frames(rows: Sequence[Row], place: Sequence[int]) -> np.ndarray:
+    return np.stack([rows[i].frames for i in np.argsort(place)])
