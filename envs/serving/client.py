@@ -22,7 +22,7 @@ from envs.options import (
     keys_to_action,
     noop_action,
 )
-from envs.serving.connection import Connection, read_keys
+from envs.serving.connection import Connection, client_keys
 from envs.serving.session import (
     RemoteChunk,
     RemoteScore,
@@ -46,7 +46,8 @@ class RemoteEnv(gymnasium.Env[np.ndarray, Any]):
 
     Args:
         url: ``tcp://host:port``.
-        keys: a file of CURVE keys, see `envs.serving.connection.read_keys`; None for a server without.
+        key, server_key: files of `worldmodel keys new`, your own ``.secret`` and the server's ``.public``; None for a
+            server on this machine without keys.
         timeout: seconds that a request may take, reconnections included.
 
     Raises:
@@ -63,7 +64,8 @@ class RemoteEnv(gymnasium.Env[np.ndarray, Any]):
         self,
         url: str,
         *,
-        keys: str | Path | None = None,
+        key: str | Path | None = None,
+        server_key: str | Path | None = None,
         timeout: float = 30.0,
         step_mode: StepMode = "chunk",
         observation: Observation = "pixels",
@@ -78,7 +80,7 @@ class RemoteEnv(gymnasium.Env[np.ndarray, Any]):
             step_mode, observation, termination_threshold, guidance, temperature, context, render_mode
         )
         horizon = check_max_chunks(max_chunks)
-        connection = Connection(url, read_keys(keys), timeout)
+        connection = Connection(url, client_keys(key, server_key), timeout)
         try:
             world = RemoteWorld.ask(connection)
         except BaseException:
@@ -101,7 +103,13 @@ class RemoteEnv(gymnasium.Env[np.ndarray, Any]):
 
     @classmethod
     def attach(
-        cls, url: str, session: bytes, *, keys: str | Path | None = None, timeout: float = 30.0
+        cls,
+        url: str,
+        session: bytes,
+        *,
+        key: str | Path | None = None,
+        server_key: str | Path | None = None,
+        timeout: float = 30.0,
     ) -> RemoteEnv:
         """Go on with a session that another connection of the same key began, e.g. one given by `detach`.
 
@@ -109,7 +117,7 @@ class RemoteEnv(gymnasium.Env[np.ndarray, Any]):
             ServingError: as the class; ``no_session`` or ``expired``: it is not there.
         """
         env = cls.__new__(cls)
-        connection = Connection(url, read_keys(keys), timeout)
+        connection = Connection(url, client_keys(key, server_key), timeout)
         try:
             world = RemoteWorld.ask(connection)
             said = connection.ask("attach", session=session).result["options"]

@@ -31,6 +31,7 @@ from envs.serving.protocol import (
     encode_request,
     new_id,
 )
+from envs.serving.security import read_public, read_secret
 from worldmodel.errors import InputError
 
 RETRY_AFTER = 2.0  # seconds without a reply after which a request is sent again
@@ -63,10 +64,18 @@ class ClientKeys:
     secret: bytes
 
 
-def read_keys(path: str | Path | None) -> ClientKeys | None:
-    if path is None:
+def client_keys(key: str | Path | None, server_key: str | Path | None) -> ClientKeys | None:
+    """Keys from the files that `worldmodel keys new` makes: the client's own ``.secret`` and the server's ``.public``.
+
+    Raises:
+        InputError: one without the other, or a file that is missing or malformed.
+    """
+    if key is None and server_key is None:
         return None
-    raise NotImplementedError
+    if key is None or server_key is None:
+        raise InputError("key (your .secret file) and server_key (the server's .public file) go together")
+    pair = read_secret(key)
+    return ClientKeys(read_public(server_key), pair.public, pair.secret)
 
 
 @dataclass
@@ -113,7 +122,7 @@ class Connection:
         self._calls: dict[bytes, Call] = {}
         self._shaking: float | None = None  # since when a TCP connection waits for the end of its handshake
         self._refusals = 0  # failed handshakes since the last good one
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._configure(keys)
         self._monitor = self._socket.get_monitor_socket(_EVENTS)
         self._poller = zmq.Poller()
@@ -237,7 +246,7 @@ class Connection:
     def _sweep(self) -> None:
         with self._lock:
             while self._garbage:
-                calls = []
+                calls: list[Call] = []
                 while self._garbage and len(calls) < HIGH_WATER:
                     op, handle = self._garbage.popleft()
                     named: dict[str, Any] = (

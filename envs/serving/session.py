@@ -20,7 +20,7 @@ from gymnasium.error import ResetNeeded
 
 from envs.options import EnvOptions
 from envs.serving.connection import Call, Connection, Unanswered
-from envs.serving.protocol import WANTED, Reply, ServingError, encode_action
+from envs.serving.protocol import IMAGINED, WANTED, Reply, ServingError, encode_action
 from worldmodel.condition.spaces import space_from_json
 from worldmodel.errors import InputError
 
@@ -318,15 +318,13 @@ class RemoteSession:
         """See `WorldModelEnv.imagine`."""
         arrays, _ = _sendable(actions)
         got = self.ask("imagine", {"want": [*WANTED[1:]]}, arrays).arrays
-        names = ("log_prob", "bits_per_dim", "action_gain", "sweeps", "residual", "context_frames")
-        names += ("reward", "termination")
         counts = ("sweeps", "context_frames")
         return [
             RemoteChunk(
                 **{name: got[name][t : t + 1] for name in WANTED},
                 **{
                     name: got["scalars"][t, i : i + 1].astype(np.int64 if name in counts else np.float64)
-                    for i, name in enumerate(names)
+                    for i, name in enumerate(IMAGINED)
                 },
             )
             for t in range(len(got["scalars"]))
@@ -446,7 +444,8 @@ def _start(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str,
         )
     if len(given) > 1:
         raise InputError(f"reset options {', '.join(sorted(given))} exclude each other; give one")
-    arrays = {name: _array(given.pop(name), name) for name in ("image", "clip") if name in given}
+    pictures: tuple[str, ...] = ("image", "clip")
+    arrays = {name: _array(given.pop(name), name) for name in pictures if name in given}
     if "snapshot" in given:
         given["snapshot"] = _handle(given["snapshot"])
     index = given.get("bank_index")

@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from envs.options import EnvOptions, Observation, StepMode
-from envs.serving.connection import HIGH_WATER, Connection, read_keys
+from envs.serving.connection import HIGH_WATER, Connection, client_keys
 from envs.serving.session import (
     RemoteChunk,
     RemoteSession,
@@ -44,7 +44,7 @@ class RemoteVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
     """Sessions of a world that `worldmodel serve` hosts, slot by slot as `envs.vector_env.WorldModelVectorEnv`.
 
     Args:
-        url, keys, timeout: as `envs.serving.client.RemoteEnv`; the others as the local class.
+        url, key, server_key, timeout: as `envs.serving.client.RemoteEnv`; the others as the local class.
 
     Raises:
         InputError: an option that is not one of its choices. ServingError: as `RemoteEnv`. Where one slot fails, the
@@ -62,7 +62,8 @@ class RemoteVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
         url: str,
         num_envs: int = 1,
         *,
-        keys: str | Path | None = None,
+        key: str | Path | None = None,
+        server_key: str | Path | None = None,
         timeout: float = 30.0,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         step_mode: StepMode = "chunk",
@@ -80,7 +81,7 @@ class RemoteVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
         )
         self.max_chunks = slot_horizons(max_chunks, num_envs)
         self.autoreset_mode = check_autoreset(autoreset_mode)
-        curve = read_keys(keys)
+        curve = client_keys(key, server_key)
         # a connection queues so many messages each way; more slots, more connections
         self._connections = [Connection(url, curve, timeout) for _ in range(0, num_envs, HIGH_WATER)]
         try:
