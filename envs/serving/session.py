@@ -59,6 +59,7 @@ class RemoteWorld:
         try:
             space = space_from_json(json.loads(reply.arrays["action_space"].tobytes().decode()))
             height, width = said["frame_size"]
+            connection.lease = float(said["lease"])
             return cls(
                 str(said["world"]),
                 str(said["fingerprint"]),
@@ -66,7 +67,7 @@ class RemoteWorld:
                 int(said["chunk_frames"]),
                 tuple(int(n) for n in said["latent_shape"]),
                 float(said["fps"]),
-                float(said["lease"]),
+                connection.lease,
                 dict(said["limits"]),
                 space,
             )
