@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from worldmodel import cli_serving
+from worldmodel import cli_bench, cli_serving, cli_watch
 
 if TYPE_CHECKING:
     from worldmodel.world import WorldModel
@@ -487,7 +487,8 @@ def play(
     run(env, zoom=zoom, seed=seed, noop=env.noop_action)
 
 
-cli_serving.register(app)
+for part in (cli_serving, cli_watch, cli_bench):
+    part.register(app)
 
 
 def main() -> NoReturn:

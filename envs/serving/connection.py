@@ -124,7 +124,7 @@ class Connection:
         self._refusals = 0  # failed handshakes since the last good one
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._configure(keys)
-        self._monitor = self._socket.get_monitor_socket(_EVENTS)
+        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(_EVENTS)
         self._poller = zmq.Poller()
         self._poller.register(self._monitor, zmq.POLLIN)
         self._poller.register(self._socket, zmq.POLLIN)

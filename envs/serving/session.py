@@ -400,11 +400,10 @@ def reset_all(
 
 def _gone(call: Call) -> bool:
     """Whether a reset found no session."""
-    error = call.reply.error if call.reply is not None else None
-    answered = error is not None and not isinstance(error, Unanswered)
-    return (
-        answered and error.code in LOST and call.request.op == "reset" and "snapshot" not in call.request.args
-    )
+    error = None if call.reply is None else call.reply.error
+    if error is None or isinstance(error, Unanswered):
+        return False
+    return error.code in LOST and call.request.op == "reset" and "snapshot" not in call.request.args
 
 
 def _seed(seed: Any) -> int | None:

@@ -38,7 +38,9 @@ modes = pytest.mark.parametrize("mode", MODES, ids=str)
 
 def equal(a: Any, b: Any) -> bool:
     """Outcomes of reset, step or observe, bit for bit."""
-    return all(np.array_equal(x, y) if isinstance(x, np.ndarray) else x == y for x, y in zip(a, b, strict=True))
+    return all(
+        np.array_equal(x, y) if isinstance(x, np.ndarray) else x == y for x, y in zip(a, b, strict=True)
+    )
 
 
 def test_the_clients_load_no_torch() -> None:
@@ -97,7 +99,9 @@ def test_every_verb_gives_what_the_local_one_gives(
         assert equal(ours.reset(), theirs.reset())
     assert equal(local.step(actions[5]), remote.step(actions[5]))
     assert equal(local.reset(), remote.reset())
-    assert equal(local.reset(seed=3, options={"snapshot": before}), remote.reset(seed=3, options={"snapshot": there}))
+    assert equal(
+        local.reset(seed=3, options={"snapshot": before}), remote.reset(seed=3, options={"snapshot": there})
+    )
     assert equal(local.reset(options={"bank_index": 2}), remote.reset(options={"bank_index": 2}))
     assert equal(local.reset(options={"image": frames[0]}), remote.reset(options={"image": frames[0]}))
     assert equal(local.reset(options={"clip": frames}), remote.reset(options={"clip": frames}))
@@ -149,7 +153,9 @@ def test_wrappers_of_local_environments_fit(toy_server: WorldServer, tmp_path: P
     assert ChunkedEnv  # the same wrappers take real environments
 
 
-@pytest.mark.parametrize("action", [None, "left", [3.0], [np.nan], [[0.0]], [0.0, 1.0], [[0.0], [0.0, 1.0]], {"a": [0.0]}])
+@pytest.mark.parametrize(
+    "action", [None, "left", [3.0], [np.nan], [[0.0]], [0.0, 1.0], [[0.0], [0.0, 1.0]], {"a": [0.0]}]
+)
 def test_a_wrong_action_is_an_input_error_and_changes_nothing(
     toy: WorldModel, toy_server: WorldServer, action: Any
 ) -> None:
@@ -291,7 +297,9 @@ def same_infos(a: tuple[Any, ...], b: tuple[Any, ...]) -> None:
         elif key == "final_info":
             assert value.keys() == b[-1][key].keys()
         else:
-            np.testing.assert_allclose(np.asarray(value, float), np.asarray(b[-1][key], float), rtol=1e-3, atol=1e-3)
+            np.testing.assert_allclose(
+                np.asarray(value, float), np.asarray(b[-1][key], float), rtol=1e-3, atol=1e-3
+            )
 
 
 @modes
