@@ -11,7 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
@@ -38,7 +38,7 @@ CLIENTS = (1, 4, 16, 64)
 class NullModel:
     """A backend that answers at once: every observation is the same array of ``size`` bytes."""
 
-    facts: dict[str, Any] = {"world": "null"}
+    facts: Mapping[str, Any] = {"world": "null"}
     action_space = b"{}"
     session_bytes = 1
     going_on = False
@@ -77,8 +77,8 @@ def _serve_bare(size: int, keys: Path | None, pipe: Pipe) -> None:
         pair = KeyStore(keys).server()
         socket.curve_server, socket.curve_publickey, socket.curve_secretkey = True, pair.public, pair.secret
     socket.bind("tcp://127.0.0.1:*")
-    pipe.send(socket.last_endpoint.decode())
-    payload = np.zeros(size, np.uint8)
+    pipe.send(socket.getsockopt_string(zmq.LAST_ENDPOINT))
+    payload = memoryview(np.zeros(size, np.uint8))
     poller = zmq.Poller()
     poller.register(socket, zmq.POLLIN)
     while not pipe.poll():

@@ -1,0 +1,200 @@
+"""``make soak``: a served world under clients that come, play, leave, and are killed at random, for half an hour.
+
+Every frame that a client gets is compared with that of a local environment with the same seed and actions: equal, but
+for pixels that lie on the edge between two levels, which rounding in a batch of another size may tip by one. The
+server's sessions, memory and descriptors are looked at throughout. Prints its figures; ends with status 1 where a
+frame differs, where sessions are left over, or where memory or descriptors grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from multiprocessing.connection import Connection as Pipe
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from envs.serving.client import RemoteEnv
+from envs.serving.connection import Connection
+
+SEEDS, STEPS = 6, 40  # trajectories that clients play, and their lengths
+GROWTH = 50 << 20  # bytes that the server may grow by after the first tenth
+TIPPED = 0.002  # share of a frame's values that rounding may tip by one level
+Course = dict[int, np.ndarray]
+
+
+def wrong_frames(frames: np.ndarray, known: np.ndarray) -> int:
+    """How many of the frames (F, height, width, 3) uint8 differ from the known ones by more than rounding."""
+    off = np.abs(frames.astype(np.int16) - known).reshape(len(frames), -1)
+    return int(((off.max(1) > 1) | ((off > 0).mean(1) > TIPPED)).sum())
+
+
+def actions(seed: int) -> np.ndarray:
+    """(STEPS, 1) float32 in [-2, 2]: what a client of this seed does."""
+    return np.random.default_rng(seed).uniform(-2, 2, (STEPS, 1)).astype(np.float32)
+
+
+def courses(world: str) -> Course:
+    """What every seed's course shows, (STEPS + 1, F, height, width, 3) uint8, from a local environment."""
+    from envs.world_env import WorldModelEnv
+
+    env = WorldModelEnv(world, max_chunks=None)
+    known = {}
+    for seed in tqdm(range(SEEDS), desc="local", unit="episode"):
+        first = env.reset(seed=seed)[0]
+        known[seed] = np.stack([first, *(env.step(action)[0] for action in actions(seed))])
+    return known
+
+
+def play(url: str, seed: int, known: np.ndarray, pipe: Pipe) -> None:
+    """Play one course, sometimes forking, going back or watching; tell of every step how many frames were wrong."""
+    rng = random.Random(os.getpid())
+    env = RemoteEnv(url, max_chunks=None, timeout=60.0)
+    first = env.reset(seed=seed)[0]
+    pipe.send((len(first), wrong_frames(first, known[0])))
+    for t, action in enumerate(actions(seed)):
+        if rng.random() < 0.05:
+            snapshot = env.snapshot()
+            env.step(action)
+            env.restore(snapshot)
+        if rng.random() < 0.05:
+            children = env.fork(2)
+            children[0].step(action)
+        frames = env.step(action)[0]
+        pipe.send((len(frames), wrong_frames(frames, known[t + 1])))
+    env.close()
+
+
+def server_facts(pid: int, connection: Connection) -> dict[str, float]:
+    """Memory in bytes, descriptors, sessions and snapshots of the server."""
+    said = connection.ask("stats", 60.0).result
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return {
+        "rss": pages * os.sysconf("SC_PAGE_SIZE"),
+        "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
+        "sessions": said["sessions"],
+        "snapshots": said["snapshots"],
+        "steps": said["steps_total"],
+    }
+
+
+def soak(world: str, minutes: float, clients: int, lease: float) -> dict[str, Any]:
+    """Run it; see the module."""
+    known = courses(world)
+    command = [sys.executable, "-m", "worldmodel", "serve", world, "--bind", "tcp://127.0.0.1:*"]
+    server = subprocess.Popen([*command, "--lease", str(lease)], stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    url = server.stderr.readline().split()[-1]
+    connection = Connection(url)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["envs.serving.client", "tqdm"])
+    rng, counts, samples = random.Random(0), Counter[str](), []
+    alive: dict[BaseProcess, tuple[Pipe, float]] = {}
+    began, last = time.monotonic(), 0.0
+    seconds = 60 * minutes
+    with tqdm(total=round(seconds), desc="soak", unit="s") as bar:
+        while (now := time.monotonic() - began) < seconds:
+            while len(alive) < clients:
+                seed = rng.randrange(SEEDS)
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=play, args=(url, seed, known[seed], theirs), daemon=True)
+                process.start()
+                theirs.close()
+                dies = now + rng.uniform(0.5, 20.0) if rng.random() < 0.7 else float("inf")
+                alive[process] = ours, dies
+                counts["clients"] += 1
+            for process, (pipe, dies) in list(alive.items()):
+                if now > dies and process.is_alive():
+                    process.kill()
+                    counts["killed"] += 1
+                with contextlib.suppress(EOFError, OSError):
+                    while pipe.poll():
+                        frames, wrong = pipe.recv()
+                        counts["frames"] += frames
+                        counts["mismatches"] += wrong
+                if not process.is_alive():
+                    process.join()
+                    counts["failed"] += process.exitcode not in (0, -9)
+                    pipe.close()
+                    del alive[process]
+            if now - last > max(1.0, seconds / 200):
+                samples.append(server_facts(server.pid, connection))
+                bar.update(round(now) - bar.n)
+                bar.set_postfix(frames=counts["frames"], wrong=counts["mismatches"], refresh=False)
+                last = now
+            time.sleep(0.05)
+    for process in alive:
+        process.kill()
+        process.join()
+    time.sleep(1.5 * lease)
+    end = server_facts(server.pid, connection)
+    connection.close()
+    server.terminate()
+    status = server.wait(20.0)
+    settled = samples[len(samples) // 10 :] or [end]
+    half = len(settled) // 2 or 1
+    middle = {
+        k: [float(np.median([s[k] for s in part])) for part in (settled[:half], settled[half:] or settled)]
+        for k in end
+    }
+    return {
+        "world": world,
+        "minutes": minutes,
+        **{k: counts[k] for k in ("clients", "killed", "failed", "frames", "mismatches")},
+        "steps": end["steps"],
+        "sessions_most": max(s["sessions"] for s in samples or [end]),
+        "sessions_left": end["sessions"],
+        "snapshots_left": end["snapshots"],
+        "rss_mb_first_and_second_half": [x / 2**20 for x in middle["rss"]],
+        "rss_mb_end": end["rss"] / 2**20,
+        "descriptors_first_and_second_half": middle["descriptors"],
+        "descriptors_end": end["descriptors"],
+        "server_exit_status": status,
+    }
+
+
+def faults(result: dict[str, Any]) -> list[str]:
+    """What is not as it should be."""
+    rss, descriptors = result["rss_mb_first_and_second_half"], result["descriptors_first_and_second_half"]
+    checks = {
+        "frames differ": result["mismatches"] > 0,
+        "clients failed": result["failed"] > 0,
+        "sessions are left over": result["sessions_left"] > 0,
+        "memory grows": (rss[1] - rss[0]) * 2**20 > GROWTH,
+        "descriptors grow": descriptors[1] > 1.5 * descriptors[0] + 16,
+        "the server did not end well": result["server_exit_status"] != 0,
+    }
+    return [name for name, bad in checks.items() if bad]
+
+
+def main() -> int:
+    """Run it and print the figures."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__.splitlines()[0])
+    parser.add_argument("--world", default="pendulum", help="a shipped world or a world directory")
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--clients", type=int, default=6, help="how many play at a time")
+    parser.add_argument(
+        "--lease", type=float, default=10.0, help="seconds; what a killed client leaves lives so long"
+    )
+    options = parser.parse_args()
+    result = soak(options.world, options.minutes, options.clients, options.lease)
+    for name, value in result.items():
+        print(f"{name:34s} {value}")
+    bad = faults(result)
+    print("all is well" if not bad else f"NOT WELL: {', '.join(bad)}")
+    return len(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
