@@ -275,12 +275,13 @@ class Connection:
         return max(now, min(times, default=now))
 
     def _pump(self, seconds: float) -> None:
-        """Wait that long at most, then take in all that has arrived."""
+        """Wait that long at most, then take in what has arrived."""
         ready = dict(self._poller.poll(max(0, math.ceil(1000 * seconds))))
         if self._socket in ready:
-            with contextlib.suppress(zmq.Again):
-                while True:
-                    self._receive(self._socket.recv_multipart(zmq.DONTWAIT, copy=False))
+            for _ in range(len(self._calls)):
+                self._receive(self._socket.recv_multipart(zmq.DONTWAIT, copy=False))
+                if not self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+                    break
         if self._monitor in ready:
             while self._monitor.poll(0):
                 self._notice(zmq_monitor.recv_monitor_message(self._monitor)["event"])
