@@ -22,14 +22,13 @@ import numpy as np
 import zmq
 from tqdm import tqdm
 
+import envs
 from envs.serving.client import RemoteEnv
 from envs.serving.connection import ClientKeys, Connection
 from envs.serving.protocol import Request, encode_request, new_id
 from envs.serving.security import KeyStore
 from envs.serving.server import WorldServer
 from envs.serving.worker import Finished, Job, Outcome
-from envs.vector_env import WorldModelVectorEnv
-from envs.world_env import WorldModelEnv
 
 SIZES = {"100 B": 100, "49 KB": 64 * 64 * 3 * 4, "4.79 MB": 480 * 832 * 3 * 4}
 CLIENTS = (1, 4, 16, 64)
@@ -78,7 +77,7 @@ def _serve_bare(size: int, keys: Path | None, pipe: Pipe) -> None:
         socket.curve_server, socket.curve_publickey, socket.curve_secretkey = True, pair.public, pair.secret
     socket.bind("tcp://127.0.0.1:*")
     pipe.send(socket.getsockopt_string(zmq.LAST_ENDPOINT))
-    payload = memoryview(np.zeros(size, np.uint8))
+    payload = memoryview(bytearray(size))
     poller = zmq.Poller()
     poller.register(socket, zmq.POLLIN)
     while not pipe.poll():
@@ -196,9 +195,9 @@ def _serve_world(world: str, pipe: Pipe) -> None:
         pipe.recv()
 
 
-def _remote_steps(envs: Sequence[RemoteEnv], each: int) -> float:
+def _remote_steps(clients: Sequence[RemoteEnv], each: int) -> float:
     """Seconds for ``each`` steps of every environment, all at once, one thread each."""
-    start = threading.Barrier(len(envs) + 1)
+    start = threading.Barrier(len(clients) + 1)
 
     def client(env: RemoteEnv) -> None:
         action = env.action_space.sample()
@@ -206,7 +205,7 @@ def _remote_steps(envs: Sequence[RemoteEnv], each: int) -> float:
         for _ in range(each):
             env.step(action)
 
-    threads = [threading.Thread(target=client, args=(env,)) for env in envs]
+    threads = [threading.Thread(target=client, args=(env,)) for env in clients]
     for thread in threads:
         thread.start()
     start.wait()
@@ -219,8 +218,8 @@ def _remote_steps(envs: Sequence[RemoteEnv], each: int) -> float:
 def throughput(url: str, world: str, clients: int, rounds: int, each: int) -> dict[str, float]:
     """Steps a second of ``clients`` remote environments, of one local batch of as many, and of one alone."""
     remote = [RemoteEnv(url, max_chunks=None, timeout=120.0) for _ in range(clients)]
-    batch = WorldModelVectorEnv(world, clients, max_chunks=None, termination_threshold=2.0)
-    alone = WorldModelEnv(world, max_chunks=None, termination_threshold=2.0)
+    batch = envs.WorldModelVectorEnv(world, clients, max_chunks=None, termination_threshold=2.0)
+    alone = envs.WorldModelEnv(world, max_chunks=None, termination_threshold=2.0)
     for i, env in enumerate(remote):
         env.reset(seed=i)
     batch.reset(seed=0)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -88,83 +89,111 @@ def server_facts(pid: int, connection: Connection) -> dict[str, float]:
     }
 
 
-def soak(world: str, minutes: float, clients: int, lease: float) -> dict[str, Any]:
-    """Run it; see the module."""
-    known = courses(world)
+class Crowd:
+    """Clients in processes of their own, most of which are killed some time; ``counts`` says what they saw."""
+
+    def __init__(self, url: str, known: Course, size: int) -> None:
+        self.counts = Counter[str]()
+        self._url = url
+        self._known = known
+        self._size = size
+        self._rng = random.Random(0)
+        self._alive: dict[BaseProcess, tuple[Pipe, float]] = {}
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["envs.serving.client", "tqdm"])
+
+    def tend(self) -> None:
+        """Kill those whose time has come, hear the others, and fill up."""
+        now = time.monotonic()
+        for process, (pipe, dies) in list(self._alive.items()):
+            if now > dies and process.is_alive():
+                process.kill()
+                self.counts["killed"] += 1
+            with contextlib.suppress(EOFError, OSError):
+                while pipe.poll():
+                    self._heard(pipe.recv())
+            if not process.is_alive():
+                process.join()
+                self.counts["failed"] += process.exitcode not in (0, -9)
+                pipe.close()
+                del self._alive[process]
+        while len(self._alive) < self._size:
+            self._begin(now)
+
+    def _begin(self, now: float) -> None:
+        seed = self._rng.randrange(SEEDS)
+        ours, theirs = self._context.Pipe(duplex=False)
+        arguments = (self._url, seed, self._known[seed], theirs)
+        process = self._context.Process(target=play, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        mortal = self._rng.random() < 0.7
+        self._alive[process] = ours, now + self._rng.uniform(0.5, 20.0) if mortal else float("inf")
+        self.counts["clients"] += 1
+
+    def _heard(self, off: list[int]) -> None:
+        self.counts["frames"] += len(off)
+        self.counts["identical"] += off.count(0)
+        self.counts["mismatches"] += sum(levels > ROUNDING for levels in off)
+        self.counts["levels_off"] = max(self.counts["levels_off"], *off)
+
+    def end(self) -> None:
+        """Kill all."""
+        for process in self._alive:
+            process.kill()
+            process.join()
+
+
+@contextlib.contextmanager
+def served(world: str, lease: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`worldmodel serve` in a process of its own, and its address."""
     command = [sys.executable, "-m", "worldmodel", "serve", world, "--bind", "tcp://127.0.0.1:*"]
     server = subprocess.Popen([*command, "--lease", str(lease)], stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
-    url = server.stderr.readline().split()[-1]
-    connection = Connection(url)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["envs.serving.client", "tqdm"])
-    rng, counts, samples = random.Random(0), Counter[str](), []
-    alive: dict[BaseProcess, tuple[Pipe, float]] = {}
-    began, last = time.monotonic(), 0.0
-    seconds = 60 * minutes
-    with tqdm(total=round(seconds), desc="soak", unit="s") as bar:
-        while (now := time.monotonic() - began) < seconds:
-            while len(alive) < clients:
-                seed = rng.randrange(SEEDS)
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=play, args=(url, seed, known[seed], theirs), daemon=True)
-                process.start()
-                theirs.close()
-                dies = now + rng.uniform(0.5, 20.0) if rng.random() < 0.7 else float("inf")
-                alive[process] = ours, dies
-                counts["clients"] += 1
-            for process, (pipe, dies) in list(alive.items()):
-                if now > dies and process.is_alive():
-                    process.kill()
-                    counts["killed"] += 1
-                with contextlib.suppress(EOFError, OSError):
-                    while pipe.poll():
-                        off = pipe.recv()
-                        counts["frames"] += len(off)
-                        counts["mismatches"] += sum(levels > ROUNDING for levels in off)
-                        counts["identical"] += off.count(0)
-                        counts["levels_off"] = max(counts["levels_off"], *off)
-                if not process.is_alive():
-                    process.join()
-                    counts["failed"] += process.exitcode not in (0, -9)
-                    pipe.close()
-                    del alive[process]
-            if now - last > max(1.0, seconds / 200):
-                samples.append(server_facts(server.pid, connection))
-                bar.update(round(now) - bar.n)
-                bar.set_postfix(frames=counts["frames"], wrong=counts["mismatches"], refresh=False)
-                last = now
-            time.sleep(0.05)
-    for process in alive:
-        process.kill()
-        process.join()
-    time.sleep(1.5 * lease)
-    end = server_facts(server.pid, connection)
-    connection.close()
-    server.terminate()
-    status = server.wait(20.0)
-    settled = samples[len(samples) // 10 :] or [end]
-    half = len(settled) // 2 or 1
-    middle = {
-        k: [float(np.median([s[k] for s in part])) for part in (settled[:half], settled[half:] or settled)]
-        for k in end
-    }
+    try:
+        yield server, server.stderr.readline().split()[-1]
+    finally:
+        server.kill()
+
+
+def soak(world: str, minutes: float, clients: int, lease: float) -> dict[str, Any]:
+    """Run it; see the module."""
+    known, samples, seconds = courses(world), [], round(60 * minutes)
+    with served(world, lease) as (server, url), contextlib.closing(Connection(url)) as connection:
+        crowd, began = Crowd(url, known, clients), time.monotonic()
+        try:
+            for second in tqdm(range(seconds), desc="soak", unit="s"):
+                while time.monotonic() < began + second + 1:
+                    crowd.tend()
+                    time.sleep(0.05)
+                if second % 10 == 9:
+                    samples.append(server_facts(server.pid, connection))
+        finally:
+            crowd.end()
+        time.sleep(1.5 * lease)
+        samples.append(server_facts(server.pid, connection))
+        server.terminate()
+        status = server.wait(20.0)
+    counted = ("clients", "killed", "failed", "frames", "identical", "levels_off", "mismatches")
+    facts = {"world": world, "minutes": minutes, **{name: crowd.counts[name] for name in counted}}
+    return {**facts, **trends(samples), "server_exit_status": status}
+
+
+def trends(samples: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Of what was seen of the server: medians of the halves, after the first tenth, and the end."""
+    settled, end = samples[len(samples) // 10 : -1] or samples, samples[-1]
+    middle = (len(settled) + 1) // 2
+    halves = [settled[:middle], settled[middle:] or settled]
+    rss, descriptors = ([float(np.median([s[k] for s in h])) for h in halves] for k in ("rss", "descriptors"))
     return {
-        "world": world,
-        "minutes": minutes,
-        **{
-            k: counts[k]
-            for k in ("clients", "killed", "failed", "frames", "identical", "levels_off", "mismatches")
-        },
         "steps": end["steps"],
-        "sessions_most": max(s["sessions"] for s in samples or [end]),
+        "sessions_most": max(s["sessions"] for s in samples),
         "sessions_left": end["sessions"],
         "snapshots_left": end["snapshots"],
-        "rss_mb_first_and_second_half": [x / 2**20 for x in middle["rss"]],
+        "rss_mb_first_and_second_half": [x / 2**20 for x in rss],
         "rss_mb_end": end["rss"] / 2**20,
-        "descriptors_first_and_second_half": middle["descriptors"],
+        "descriptors_first_and_second_half": descriptors,
         "descriptors_end": end["descriptors"],
-        "server_exit_status": status,
     }
 
 

@@ -280,7 +280,7 @@ class Connection:
         if self._socket in ready:
             for _ in range(len(self._calls)):
                 self._receive(self._socket.recv_multipart(zmq.DONTWAIT, copy=False))
-                if not self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+                if not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
                     break
         if self._monitor in ready:
             while self._monitor.poll(0):
