@@ -24,12 +24,15 @@ Answer = Callable[[Request], list[Reply]]
 
 @contextmanager
 def scripted(
-    answer: Answer, configure: Callable[[Any], None] = lambda s: None, endpoint: str = "tcp://127.0.0.1:*"
+    answer: Answer,
+    configure: Callable[[Any], None] = lambda s: None,
+    endpoint: str = "tcp://127.0.0.1:*",
+    context: zmq.Context[Any] | None = None,
 ) -> Iterator[tuple[str, list[Request]]]:
     """A ROUTER that answers each request with the replies of a function; its address, and what it has seen."""
     seen: list[Request] = []
     stop = threading.Event()
-    socket = zmq.Context.instance().socket(zmq.ROUTER)
+    socket = (context or zmq.Context.instance()).socket(zmq.ROUTER)
     socket.linger = 0
     configure(socket)
     socket.bind(endpoint)
@@ -214,11 +217,12 @@ def curve(socket: Any) -> None:
     ids=["wrong server key", "unknown client key", "no key", "keys for a server without"],
 )
 def test_a_failed_handshake_raises_within_two_seconds(keys: Any, configure: Any) -> None:
-    authenticator = ThreadAuthenticator(zmq.Context.instance())
+    context = zmq.Context()
+    authenticator = ThreadAuthenticator(context)
     authenticator.start()
     authenticator.thread.authenticator.certs["*"] = {CLIENT[0]: True}  # type: ignore[attr-defined]
     try:
-        with scripted(echo, configure) as (url, seen):
+        with scripted(echo, configure, context=context) as (url, seen):
             connection = Connection(url, keys)
             began = time.monotonic()
             with pytest.raises(Unanswered, match="the handshake failed") as failed:
@@ -229,6 +233,7 @@ def test_a_failed_handshake_raises_within_two_seconds(keys: Any, configure: Any)
             assert seen == []
     finally:
         authenticator.stop()
+        context.term()
 
 
 def test_a_server_that_never_shakes_hands_raises_within_two_seconds() -> None:
