@@ -5,12 +5,9 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from envs.serving.worker import Backend
 
 DEFAULT_KEYS = Path("~/.config/worldmodel/keys")
 
@@ -59,7 +56,7 @@ def serve(
         raise InputError(f"memory is {memory:g} and lease {lease:g}, expected numbers above 0")
     store = None if keys is None else KeyStore(keys)
     limits = Limits(lease=lease, memory=int(memory * 2**30))
-    backend: Backend = _ray(world, replicas) if on_ray else WorldBackend(WorldModel.load(world))
+    backend = _ray(world, replicas) if on_ray else WorldBackend(WorldModel.load(world))
     server = WorldServer(backend, bind, keys=store, limits=limits, window=window / 1000, health=health)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.drain())
@@ -72,7 +69,7 @@ def serve(
     server.run()
 
 
-def _ray(world: str, replicas: int) -> Backend:
+def _ray(world: str, replicas: int) -> Any:
     from worldmodel.errors import InputError
 
     try:

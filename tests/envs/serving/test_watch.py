@@ -43,12 +43,12 @@ def seen(view: View | None) -> View:
 
 def test_a_view_carries_frames_step_action_and_likelihood(env: RemoteEnv) -> None:
     with viewer(env) as raw, viewer(env, 95) as compressed:
-        observation, _, _, _, info = env.step([0.5])
+        observation, _, terminated, _, info = env.step([0.5])
         view, lossy = seen(raw.next()), seen(compressed.next())
     np.testing.assert_array_equal(view.frames, observation)
     assert view.log_prob == info["log_prob"] and view.bits_per_dim == info["bits_per_dim"]
     assert json.loads(view.action or "") == [0.5]
-    assert view.seq == 1 and not view.over
+    assert view.seq == 1 and view.over == terminated
     assert lossy.frames.shape == view.frames.shape
     assert np.abs(lossy.frames.astype(int) - view.frames).mean() < 30
     text = " ".join(view.caption())
