@@ -108,6 +108,7 @@ class Crowd:
         for process, (pipe, dies) in list(self._alive.items()):
             if now > dies and process.is_alive():
                 process.kill()
+                self._alive[process] = pipe, float("inf")
                 self.counts["killed"] += 1
             with contextlib.suppress(EOFError, OSError):
                 while pipe.poll():
