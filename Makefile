@@ -13,9 +13,9 @@ FRAME := setup.cfg pyproject.toml constraints.txt
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help demo test test-slow check bench clean
+.PHONY: help demo test test-slow check bench soak clean
 help:
-	@echo "make demo | test | test-slow | check | bench | clean"
+	@echo "make demo | test | test-slow | check | bench | soak | clean"
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/python examples/demo.py
@@ -34,6 +34,11 @@ check: $(VENV)/.stamp-dev
 
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python -m benchmarks
+
+# Half an hour of a server under clients that are killed; `make soak SOAK_MINUTES=5` for less.
+SOAK_MINUTES ?= 30
+soak: $(VENV)/.stamp-dev
+	$(BIN)/python -m benchmarks.soak --minutes $(SOAK_MINUTES)
 
 # One after the other, so that `make -j` never runs two installations at once.
 $(VENV)/.stamp-venv:

@@ -48,7 +48,7 @@ def _write_stream(temporary: Path, suffix: str, bgr: np.ndarray, fps: float) -> 
     named = temporary.with_name(temporary.name + suffix)  # OpenCV picks the container by suffix
     height, width = bgr.shape[1:3]
     try:
-        with _quiet():
+        with quiet_opencv():
             writer = cv2.VideoWriter(
                 str(named), cv2.VideoWriter.fourcc(*CODECS[suffix]), fps, (width, height)
             )
@@ -63,7 +63,7 @@ def _write_stream(temporary: Path, suffix: str, bgr: np.ndarray, fps: float) -> 
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_opencv() -> Iterator[None]:
     """Nothing on standard error: past every log level, FFmpeg warns of a missing tag for VP8."""
     kept = os.dup(2)
     try:

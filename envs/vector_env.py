@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from envs.options import (
-    EnvOptions,
-    Observation,
-    StepMode,
-    check_max_chunks,
-    load_world,
-    observation_space,
-    spec_of,
+from envs.options import EnvOptions, Observation, StepMode, load_world, observation_space, spec_of
+from envs.slots import (
+    check_autoreset,
+    check_slots,
+    masked_slots,
+    pick,
+    slot_actions,
+    slot_horizons,
+    slot_seeds,
 )
 from envs.snapshot import continue_snapshot
 from envs.turn import (
@@ -38,7 +38,7 @@ from envs.turn import (
     session_seed,
     turns,
 )
-from worldmodel import Chunk, InputError, WorldModel, WorldState
+from worldmodel import Chunk, WorldModel, WorldState
 
 VectorStep = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]
 
@@ -77,20 +77,12 @@ class WorldModelVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
         context: Literal["reencode", "rolling"] | None = None,
         render_mode: str | None = None,
     ) -> None:
-        if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
-            raise InputError(f"num_envs is {num_envs!r}, expected an integer of at least 1")
-        if render_mode == "human":
-            raise InputError('a batch has no window; use render_mode "rgb_array" or "rgb_array_list"')
+        self.num_envs = check_slots(num_envs, render_mode)
         self.options = EnvOptions(
             step_mode, observation, termination_threshold, guidance, temperature, context, render_mode
         )
-        self.num_envs = num_envs
-        self.max_chunks = _horizons(max_chunks, num_envs)
-        try:
-            self.autoreset_mode = AutoresetMode(autoreset_mode)
-        except ValueError as error:
-            known = ", ".join(mode.value for mode in AutoresetMode)
-            raise InputError(f"autoreset_mode is {autoreset_mode!r}, expected one of {known}") from error
+        self.max_chunks = slot_horizons(max_chunks, num_envs)
+        self.autoreset_mode = check_autoreset(autoreset_mode)
         self._source = world
         self._loaded: WorldModel | None = None
         world_spec = spec_of(world)
@@ -138,9 +130,9 @@ class WorldModelVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
                 full reset.
         """
         given = dict(options or {})
-        rows = self._masked(given.pop("reset_mask", None))
+        rows = masked_slots(given.pop("reset_mask", None), self.num_envs)
         source = check_reset_options(given)
-        seeds = self._seeds(seed)
+        seeds = slot_seeds(seed, self.num_envs)
         if len(rows) < self.num_envs:
             self._current()
         self._reset_rows(rows, seeds, source)
@@ -164,10 +156,12 @@ class WorldModelVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
         resetting = finished if self.autoreset_mode == AutoresetMode.NEXT_STEP else []
         fresh = [b for b, turn in enumerate(before) if turn.over and b not in resetting]
         after = [turn if turn.over else turn.next_frame() for turn in before]
-        chosen = _rows(_checked(self.single_action_space, actions, self.num_envs), fresh, self.num_envs)
+        chosen = slot_actions(self.single_action_space, actions, self.num_envs)
         if fresh:
             every = len(fresh) == self.num_envs
-            stepped, new = self.world.step(state if every else state.select(fresh), chosen)
+            stepped, new = self.world.step(
+                state if every else state.select(fresh), chosen if every else pick(chosen, fresh)
+            )
             counts = [int(before[b].info["chunk"]) + 1 for b in fresh]
             made = turns(new, counts, [self.max_chunks[b] for b in fresh], self.options)
             for b, turn in zip(fresh, made, strict=True):
@@ -261,26 +255,6 @@ class WorldModelVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
             for b in rows:
                 self._unrendered[b] += list(self._turns[b].new_frames(self.options).copy())
 
-    def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
-        if seed is None:
-            return [None] * self.num_envs
-        seeds: list[int | None] = []
-        seeds += [seed + b for b in range(self.num_envs)] if isinstance(seed, int) else seed
-        if len(seeds) != self.num_envs:
-            raise InputError(
-                f"{len(seeds)} seeds for {self.num_envs} slots; give one for each, or one integer"
-            )
-        return seeds
-
-    def _masked(self, mask: Any) -> list[int]:
-        if mask is None:
-            return list(range(self.num_envs))
-        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != (self.num_envs,):
-            raise InputError(f"reset_mask must be a bool array of shape ({self.num_envs},), got {mask!r:.80}")
-        if not mask.any():
-            raise InputError("reset_mask has no True in it; mark at least one slot")
-        return [int(b) for b in np.flatnonzero(mask)]
-
 
 def replace_rows(
     state: WorldState, chunk: Chunk, rows: Sequence[int], new: WorldState, new_chunk: Chunk
@@ -293,35 +267,3 @@ def replace_rows(
     order = [place[b] for b in range(state.rows)]
     joined = concat_chunks([chunk_rows(chunk, others), new_chunk])
     return WorldState.concat([state.select(others), new]).select(order), chunk_rows(joined, order)
-
-
-def _checked(space: spaces.Space[Any], actions: Any, rows: int) -> Any:
-    """Batched actions as arrays with ``rows`` on the first axis (a dict of them for Dict).
-
-    Raises:
-        InputError: another number of actions, or no array.
-    """
-    if isinstance(space, spaces.Dict) and isinstance(actions, Mapping):
-        return {key: _checked(space.spaces.get(key, space), value, rows) for key, value in actions.items()}
-    try:
-        array = np.asarray(actions)
-    except ValueError as error:
-        raise InputError(f"actions are not an array: {error}") from error
-    if array.ndim < 1 or len(array) != rows:
-        raise InputError(
-            f"actions have shape {array.shape}, expected {rows} actions of {space} on the first axis"
-        )
-    return array
-
-
-def _rows(actions: Any, rows: Sequence[int], total: int) -> Any:
-    if isinstance(actions, Mapping):
-        return {key: _rows(value, rows, total) for key, value in actions.items()}
-    return actions if len(rows) == total else actions[list(rows)]
-
-
-def _horizons(value: int | None | Sequence[int | None], slots: int) -> list[int | None]:
-    values = list(value) if isinstance(value, Sequence | np.ndarray) else [value] * slots
-    if len(values) != slots:
-        raise InputError(f"max_chunks has {len(values)} entries for {slots} slots")
-    return [check_max_chunks(v) for v in values]

@@ -32,7 +32,7 @@ class Window:
                 "pip install opencv-python; or use rgb_array"
             )
         self._title = title
-        self._period = 1.0 / fps
+        self.fps = fps
         self._due = 0.0
 
     def show(self, frames: np.ndarray) -> None:
@@ -43,7 +43,7 @@ class Window:
             cv2.imshow(self._title, np.ascontiguousarray(picture))
             wait = self._due - time.monotonic()
             cv2.waitKey(max(1, round(1000 * wait)))
-            self._due = max(time.monotonic(), self._due) + self._period
+            self._due = max(time.monotonic(), self._due) + 1.0 / self.fps
 
     def close(self) -> None:
         """Close the window; closing twice is fine."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from worldmodel import cli_serving
+from worldmodel import cli_bench, cli_serving, cli_watch
 
 if TYPE_CHECKING:
     from worldmodel.world import WorldModel
@@ -548,54 +548,8 @@ def play(
     run(env, zoom=zoom, seed=seed, noop=env.noop_action)
 
 
-bench = typer.Typer(
-    help="What the world costs on this machine, as ratios within one run. Alone, the same as: bench steps.",
-    rich_markup_mode=None,
-)
-app.add_typer(bench, name="bench")
-BenchWorld = Annotated[str, typer.Option("--world", help="A shipped world or a world directory.")]
-Quick = Annotated[
-    bool, typer.Option("--quick", help="A minute or two: fewer batches, fewer repeats, no large shapes.")
-]
-Sections = Annotated[
-    list[str] | None, typer.Option("--only", help="A section by name; may be given several times.")
-]
-Threads = Annotated[int, typer.Option(help="Threads of torch; one is fastest for small batches.")]
-Device = Annotated[str, typer.Option(help="Where the weights are: cpu or cuda.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-
-
-@bench.callback(invoke_without_command=True)
-def bench_default(
-    context: typer.Context,
-    world: BenchWorld = "pendulum",
-    quick: Quick = False,
-    only: Sections = None,
-    threads: Threads = 1,
-    device: Device = "cpu",
-    as_json: AsJson = False,
-) -> None:
-    """Measure the costs of a world; without a subcommand, as `bench steps`."""
-    if context.invoked_subcommand is None:
-        bench_steps(world, quick, only, threads, device, as_json)
-
-
-@bench.command("steps")
-def bench_steps(
-    world: BenchWorld = "pendulum",
-    quick: Quick = False,
-    only: Sections = None,
-    threads: Threads = 1,
-    device: Device = "cpu",
-    as_json: AsJson = False,
-) -> None:
-    """Steps, stages, forks, planning, the plain baseline, ablations, large shapes, training."""
-    from benchmarks.report import Options, run
-
-    run(Options(world, quick, tuple(only or ()), threads, device, as_json))
-
-
-cli_serving.register(app)
+for part in (cli_serving, cli_watch, cli_bench):
+    part.register(app)
 
 
 def main() -> NoReturn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,6 +36,10 @@ def serve(
     health: Annotated[
         int | None, typer.Option(help="Port on 127.0.0.1 for /healthz, /readyz and /metrics.")
     ] = None,
+    on_ray: Annotated[
+        bool, typer.Option("--ray", help="Run replicas as Ray actors behind this address (extra: ray).")
+    ] = False,
+    replicas: Annotated[int, typer.Option(help="How many, with --ray; each takes a processor.")] = 2,
 ) -> None:
     """Host sessions of a world for many clients at once: `envs.RemoteEnv("tcp://...")`.
 
@@ -52,7 +56,7 @@ def serve(
         raise InputError(f"memory is {memory:g} and lease {lease:g}, expected numbers above 0")
     store = None if keys is None else KeyStore(keys)
     limits = Limits(lease=lease, memory=int(memory * 2**30))
-    backend = WorldBackend(WorldModel.load(world))
+    backend = _ray(world, replicas) if on_ray else WorldBackend(WorldModel.load(world))
     server = WorldServer(backend, bind, keys=store, limits=limits, window=window / 1000, health=health)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.drain())
@@ -63,6 +67,16 @@ def serve(
     if server.health is not None:
         print(f"health http://127.0.0.1:{server.health.port}/readyz", file=sys.stderr)
     server.run()
+
+
+def _ray(world: str, replicas: int) -> Any:
+    from worldmodel.errors import InputError
+
+    try:
+        from envs.serving.ray import RayBackend
+    except ModuleNotFoundError as error:
+        raise InputError("--ray needs Ray: pip install 'worldmodel[ray]'") from error
+    return RayBackend(world, replicas)
 
 
 @keys.command()

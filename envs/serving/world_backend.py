@@ -458,7 +458,8 @@ class WorldBackend:
             if row.key[0] == "observe":
                 turn = replace(turn, shown=len(turn.frames))
             after = replace(old, slot=slots[b], turn=turn, chunk=chunk, row=b)
-            entered.append((row.job, after, self._show(after, row.job.request, row.action)))
+            action = None if row.action is None else _first(row.action)
+            entered.append((row.job, after, self._show(after, row.job.request, action)))
         for job, session, outcome in entered:
             self._sessions[_name(job)] = session
             finished.append((job, outcome))

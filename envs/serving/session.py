@@ -1,0 +1,477 @@
+"""A session on a world server as its client holds it: the next sequence number, the current turn, the requests.
+
+Each verb comes in two halves, a `Call` that is put on its way and the acceptance of its reply, so that one
+environment waits for one and a batch has many under way. Names and axes are those of the local classes; arrays are
+NumPy's, and nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.error import ResetNeeded
+
+from envs.options import EnvOptions
+from envs.serving.connection import Call, Connection, Unanswered
+from envs.serving.protocol import IMAGINED, WANTED, Reply, ServingError, encode_action
+from worldmodel.condition.spaces import space_from_json
+from worldmodel.errors import InputError
+
+LOST = ("no_session", "session_lost", "expired")
+"""Codes after which a session is gone for good."""
+RESET_OPTIONS = ("start", "bank_index", "image", "clip", "prompt", "snapshot")
+
+
+@dataclass(frozen=True)
+class RemoteWorld:
+    """What a server says of its world.
+
+    frame_size: (height, width) pixels; chunk_frames: F; latent_shape: (C, h, w); lease: seconds that a session lives
+    without a request; limits: see docs/protocol.md.
+    """
+
+    name: str
+    fingerprint: str
+    frame_size: tuple[int, int]
+    chunk_frames: int
+    latent_shape: tuple[int, ...]
+    fps: float
+    lease: float
+    limits: Mapping[str, Any]
+    action_space: spaces.Space[Any]
+
+    @classmethod
+    def ask(cls, connection: Connection) -> RemoteWorld:
+        """Ask the server.
+
+        Raises:
+            ServingError: no answer, or one that is none.
+        """
+        reply = connection.ask("hello")
+        said = reply.result
+        try:
+            space = space_from_json(json.loads(reply.arrays["action_space"].tobytes().decode()))
+            height, width = said["frame_size"]
+            connection.lease = float(said["lease"])
+            return cls(
+                str(said["world"]),
+                str(said["fingerprint"]),
+                (int(height), int(width)),
+                int(said["chunk_frames"]),
+                tuple(int(n) for n in said["latent_shape"]),
+                float(said["fps"]),
+                connection.lease,
+                dict(said["limits"]),
+                space,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ServingError(
+                "bad_frame", f"{connection.url}: not a world server's hello: {error!r}"
+            ) from error
+
+    def observation_space(self, options: EnvOptions) -> spaces.Box:
+        """As that of a local environment with these options."""
+        if options.observation == "latent":
+            return spaces.Box(-np.inf, np.inf, self.latent_shape, np.float32)
+        frames = (self.chunk_frames,) if options.step_mode == "chunk" else ()
+        return spaces.Box(0, 255, (*frames, *self.frame_size, 3), np.uint8)
+
+
+@dataclass(frozen=True)
+class RemoteTurn:
+    """A session's current turn: what `step` returns, read-only arrays, and those that were asked for beside."""
+
+    observation: np.ndarray
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: dict[str, Any]
+    arrays: Mapping[str, np.ndarray]
+
+    def outcome(self) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """What `Env.step` returns; a copy."""
+        return self.observation.copy(), self.reward, self.terminated, self.truncated, dict(self.info)
+
+
+@dataclass(frozen=True)
+class RemoteChunk:
+    """As `worldmodel.Chunk` with B = 1, in NumPy arrays; reward and termination (a probability) are None where the
+    server did not say.
+    """
+
+    frames: np.ndarray
+    latent: np.ndarray
+    log_prob: np.ndarray
+    bits_per_dim: np.ndarray
+    action_gain: np.ndarray
+    log_prob_map: np.ndarray
+    noise: np.ndarray
+    sweeps: np.ndarray
+    residual: np.ndarray
+    context_frames: np.ndarray
+    reward: np.ndarray | None = None
+    termination: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class RemoteScore:
+    """As `worldmodel.Score` with B = 1, in NumPy arrays (1,) float64."""
+
+    log_prob: np.ndarray
+    rate: np.ndarray
+    bits_per_dim: np.ndarray
+    action_gain: np.ndarray
+    noise_square: np.ndarray
+
+
+@dataclass(frozen=True)
+class RemoteSnapshot:
+    """A moment that the server keeps, for any environment of the same key; discarded with the last reference to it.
+
+    handle: 24 bytes. nbytes: what it holds on the server.
+    """
+
+    handle: bytes
+    nbytes: int
+
+
+class RemoteSession:
+    """One session, or none yet. ``id`` is None before the first reset and after the session was lost."""
+
+    def __init__(
+        self, connection: Connection, options: EnvOptions, max_chunks: int | None, want: tuple[str, ...] = ()
+    ) -> None:
+        self.connection = connection
+        self.options = options
+        self.max_chunks = max_chunks
+        self.want = list(want)
+        self.id: bytes | None = None
+        self.seq = 0
+        self.turn: RemoteTurn | None = None
+        self._unsettled = False
+        self._release: weakref.finalize[Any, Any] | None = None
+
+    def adopt(self, session: bytes, seq: int, turn: RemoteTurn | None) -> None:
+        """Go on with a session that the server has; it is kept alive, and closed with the last reference to it."""
+        self.leave()
+        self.id, self.seq, self.turn, self._unsettled = session, seq, turn, False
+        self.connection.hold(session)
+        self._release = weakref.finalize(self, self.connection.drop, session, True)
+
+    def leave(self) -> None:
+        """Forget the session; the server keeps it for the rest of its lease."""
+        if self._release is not None and self.id is not None:
+            self._release.detach()
+            self.connection.drop(self.id, False)
+        self.id = self.turn = self._release = None
+        self._unsettled = False
+
+    def current(self) -> RemoteTurn:
+        """The turn. Raises ResetNeeded before the first reset."""
+        if self.turn is None:
+            raise ResetNeeded("call env.reset() first")
+        return self.turn
+
+    # ---- what changes a session ---------------------------------------------------------------------------------
+    def start_reset(self, seed: int | None, options: Mapping[str, Any] | None) -> Call:
+        """A reset; it makes the session where there is none.
+
+        Raises:
+            InputError: an option that is unknown or cannot be sent.
+        """
+        args, arrays = _start(options)
+        args |= {"seed": _seed(seed), "want": self.want}
+        if self._unsettled:
+            self._resettle()
+        if self.id is not None:
+            return self._change("reset", args, arrays)
+        o = self.options
+        args |= {"step_mode": o.step_mode, "observation": o.observation, "max_chunks": self.max_chunks}
+        args |= {"termination_threshold": float(o.termination_threshold), "context": o.context}
+        args |= {"guidance": o.guidance, "temperature": o.temperature}
+        return self.connection.start("create", args=args, arrays=arrays)
+
+    def start_step(self, action: Any) -> Call:
+        """A step.
+
+        Raises:
+            InputError: an action that cannot be sent. ResetNeeded.
+        """
+        if action is None:
+            raise InputError("action is None, expected one of the action space")
+        arrays, texts = _sendable(action)
+        return self._change("step", {"text": texts or None, "want": self.want}, arrays)
+
+    def start_observe(self, frames: Any, action: Any) -> Call:
+        """A real chunk; raises as `start_step`."""
+        arrays, texts = _sendable(action) if action is not None else ({}, {})
+        arrays = {"frames": _array(frames, "frames"), **arrays}
+        return self._change("observe", {"text": texts or None, "want": self.want}, arrays)
+
+    def start_restore(self, snapshot: Any) -> Call:
+        """A return to a snapshot.
+
+        Raises:
+            InputError: no snapshot of a server. ResetNeeded.
+        """
+        return self._change("restore", {"snapshot": _handle(snapshot), "want": self.want}, {})
+
+    def accept(self, call: Call) -> RemoteTurn:
+        """Take in the reply to one of the above.
+
+        Raises:
+            InputError: the world refuses it. ServingError: any other failure. After `Unanswered` the request may or
+            may not have been run, and `resume` tells.
+        """
+        assert call.reply is not None
+        reply, op = call.reply, call.request.op
+        if reply.error is None:
+            turn = _turn(reply)
+            if op == "create":
+                self.adopt(reply.result["session"], int(reply.result["seq"]), turn)
+            else:
+                self.seq, self.turn, self._unsettled = int(reply.result["seq"]), turn, False
+            return turn
+        if not isinstance(reply.error, Unanswered):
+            self._unsettled = False
+            if reply.error.code in LOST and "snapshot" not in call.request.args:
+                self.leave()  # else it may be the snapshot that is not there
+        raise _as_local(reply.error)
+
+    def resume(self) -> RemoteTurn:
+        """Ask the server where the session stands, and go on from there.
+
+        Raises:
+            ResetNeeded: there is no session. ServingError: as `accept`.
+        """
+        self.turn = self._attached()
+        self._unsettled = False
+        return self.turn
+
+    def _resettle(self) -> None:
+        """Find the sequence number again before a reset; a session that is gone needs none."""
+        try:
+            self.resume()
+        except ServingError:
+            if self.id is not None:
+                raise
+
+    def _change(self, op: str, args: dict[str, Any], arrays: dict[str, np.ndarray]) -> Call:
+        self.current()
+        if self._unsettled:
+            raise Unanswered(
+                "conflict",
+                "whether the last request was run is not known; call resume() to go on from where the session stands",
+            )
+        call = self.connection.start(op, session=self.id, seq=self.seq + 1, args=args, arrays=arrays)
+        self._unsettled = True
+        return call
+
+    # ---- what leaves it as it is ----------------------------------------------------------------------------------
+    def ask(self, op: str, args: dict[str, Any] | None = None, arrays: Any = None) -> Reply:
+        """One request about this session.
+
+        Raises:
+            InputError: the world refuses it. ServingError: any other failure. ResetNeeded.
+        """
+        if self.id is None:
+            raise ResetNeeded("call env.reset() first")
+        try:
+            return self.connection.ask(op, session=self.id, args=args or {}, arrays=arrays or {})
+        except ServingError as error:
+            if error.code in LOST and not isinstance(error, Unanswered):
+                self.leave()
+            raise _as_local(error) from error
+
+    def _attached(self, *want: str) -> RemoteTurn:
+        reply = self.ask("attach", {"want": [*self.want, *want]})
+        self.seq = int(reply.result["seq"])
+        return _turn(reply)
+
+    def chunk(self) -> RemoteChunk:
+        """The current chunk with all its arrays."""
+        turn = self._attached(*(name for name in WANTED if name not in self.want))
+        a = {name: turn.arrays[name][None] for name in WANTED}
+        counts = {k: np.array([turn.info[k]]) for k in ("sweeps", "context_frames")}
+        numbers = {
+            k: np.array([turn.info[k]]) for k in ("log_prob", "bits_per_dim", "action_gain", "residual")
+        }
+        return RemoteChunk(**a, **counts, **numbers)
+
+    def score(self, frames: Any, action: Any, draws: int) -> RemoteScore:
+        """See `WorldModelEnv.score`."""
+        arrays, texts = _sendable(action) if action is not None else ({}, {})
+        said = self.ask(
+            "score",
+            {"text": texts or None, "draws": int(draws)},
+            {"frames": _array(frames, "frames"), **arrays},
+        ).result
+        return RemoteScore(**{k: np.array([said[k]], np.float64) for k in RemoteScore.__dataclass_fields__})
+
+    def imagine(self, actions: Any) -> list[RemoteChunk]:
+        """See `WorldModelEnv.imagine`."""
+        arrays, _ = _sendable(actions)
+        got = self.ask("imagine", {"want": [*WANTED[1:]]}, arrays).arrays
+        counts = ("sweeps", "context_frames")
+        return [
+            RemoteChunk(
+                **{name: got[name][t : t + 1] for name in WANTED},
+                **{
+                    name: got["scalars"][t, i : i + 1].astype(np.int64 if name in counts else np.float64)
+                    for i, name in enumerate(IMAGINED)
+                },
+            )
+            for t in range(len(got["scalars"]))
+        ]
+
+    def snapshot(self) -> RemoteSnapshot:
+        """See `WorldModelEnv.snapshot`."""
+        said = self.ask("snapshot").result
+        snapshot = RemoteSnapshot(bytes(said["snapshot"]), int(said["nbytes"]))
+        weakref.finalize(snapshot, self.connection.discard, snapshot.handle)
+        return snapshot
+
+    def fork(self, n: int) -> list[RemoteSession]:
+        """See `WorldModelEnv.fork`."""
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise InputError(f"fork({n!r}): expected an integer of at least 1")
+        turn = self.current()
+        children = []
+        for handle in self.ask("fork", {"n": n}).result["sessions"]:
+            child = RemoteSession(self.connection, self.options, self.max_chunks, tuple(self.want))
+            child.adopt(bytes(handle), 0, turn)
+            children.append(child)
+        return children
+
+    def close(self) -> None:
+        """Close it on the server too, if that still answers."""
+        if self.id is not None:
+            call = self.connection.start("close", 2.0, session=self.id)
+            self.leave()
+            self.connection.settle([call])
+
+
+def settle(sessions: Sequence[RemoteSession], calls: Sequence[Call]) -> None:
+    """Wait for one call of each session; all are under way at the same time, over whatever connections."""
+    by_connection: dict[Connection, list[Call]] = {}
+    for session, call in zip(sessions, calls, strict=True):
+        by_connection.setdefault(session.connection, []).append(call)
+    for connection, own in by_connection.items():
+        connection.settle(own)
+
+
+def accept_all(sessions: Sequence[RemoteSession], calls: Sequence[Call]) -> list[RemoteTurn]:
+    """Take in every reply, then raise for the first that failed; see `RemoteSession.accept`."""
+    turns, failures = [], []
+    for session, call in zip(sessions, calls, strict=True):
+        try:
+            turns.append(session.accept(call))
+        except (InputError, ServingError) as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+    return turns
+
+
+def reset_all(
+    sessions: Sequence[RemoteSession], seeds: Sequence[int | None], options: Mapping[str, Any] | None
+) -> list[RemoteTurn]:
+    """Reset sessions at the same time; where one was lost, a new one begins.
+
+    Raises:
+        InputError, ServingError: as `RemoteSession.start_reset` and `accept`.
+    """
+    calls = [s.start_reset(seed, options) for s, seed in zip(sessions, seeds, strict=True)]
+    settle(sessions, calls)
+    gone = [i for i, call in enumerate(calls) if _gone(call)]
+    for i in gone:
+        sessions[i].leave()
+        calls[i] = sessions[i].start_reset(seeds[i], options)
+    settle([sessions[i] for i in gone], [calls[i] for i in gone])
+    return accept_all(sessions, calls)
+
+
+def _gone(call: Call) -> bool:
+    """Whether a reset found no session."""
+    error = None if call.reply is None else call.reply.error
+    if error is None or isinstance(error, Unanswered):
+        return False
+    return error.code in LOST and call.request.op == "reset" and "snapshot" not in call.request.args
+
+
+def _seed(seed: Any) -> int | None:
+    try:
+        return None if seed is None else operator.index(seed)
+    except TypeError as error:
+        raise InputError(f"seed is {seed!r}, expected an integer or None") from error
+
+
+def _turn(reply: Reply) -> RemoteTurn:
+    said, arrays = reply.result, dict(reply.arrays)
+    return RemoteTurn(
+        arrays.pop("observation"),
+        float(said["reward"]),
+        bool(said["terminated"]),
+        bool(said["truncated"]),
+        dict(said["info"]),
+        arrays,
+    )
+
+
+def _as_local(error: ServingError) -> Exception:
+    """The error that a local environment would raise, where there is one."""
+    return InputError(str(error)) if error.code == "invalid" else error
+
+
+def _start(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Reset options as arguments and arrays of the protocol."""
+    given = dict(options or {})
+    if "episode" in given:
+        raise InputError("a server reads no dataset that a client names; give the clip of the episode")
+    unknown = sorted(set(given) - set(RESET_OPTIONS))
+    if unknown:
+        raise InputError(f"unknown reset options: {', '.join(unknown)} (known: {', '.join(RESET_OPTIONS)})")
+    if given.pop("start", "bank") != "bank":
+        raise InputError(
+            'reset option start must be "bank"; give an image, clip, prompt or snapshot by its own key'
+        )
+    if len(given) > 1:
+        raise InputError(f"reset options {', '.join(sorted(given))} exclude each other; give one")
+    pictures: tuple[str, ...] = ("image", "clip")
+    arrays = {name: _array(given.pop(name), name) for name in pictures if name in given}
+    if "snapshot" in given:
+        given["snapshot"] = _handle(given["snapshot"])
+    index = given.get("bank_index")
+    if "bank_index" in given and (isinstance(index, bool) or not isinstance(index, int | np.integer)):
+        raise InputError(f"bank_index is {index!r}, expected an integer")
+    return {k: int(v) if k == "bank_index" else v for k, v in given.items()}, arrays
+
+
+def _handle(snapshot: Any) -> bytes:
+    if not isinstance(snapshot, RemoteSnapshot):
+        raise InputError(f"snapshot is a {type(snapshot).__name__}, expected what env.snapshot() returned")
+    return snapshot.handle
+
+
+def _array(value: Any, name: str) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise InputError(f"{name} is not an array: {error}") from error
+    if array.dtype != np.uint8:
+        raise InputError(f"{name} has shape {array.shape} and dtype {array.dtype}, expected uint8 pixels")
+    return array
+
+
+def _sendable(action: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    try:
+        return encode_action(action)
+    except (ServingError, ValueError, TypeError) as error:
+        raise InputError(f"action of type {type(action).__name__} is not an array: {error}") from error
