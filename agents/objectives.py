@@ -54,6 +54,11 @@ class Objective(ABC):
         """What error messages call it."""
         return type(self).__name__
 
+    @property
+    def sees_pixels(self) -> bool:
+        """It reads the chunk's frames; where no objective does, none are decoded."""
+        return False
+
     def __add__(self, other: Objective) -> Objective:
         """Both, added up."""
         return Total((*_parts(self), *_parts(other)))
@@ -68,6 +73,11 @@ class Total(Objective):
     """The sum of objectives; each one's values are checked."""
 
     parts: tuple[Objective, ...]
+
+    @property
+    def sees_pixels(self) -> bool:
+        """One of the parts does."""
+        return any(part.sees_pixels for part in self.parts)
 
     def value(self, moment: Moment) -> Tensor:
         """The sum of the parts.
@@ -210,6 +220,11 @@ class SurprisePenalty(Objective):
         _, chunks = world.observe_clip(state, frames, actions)
         return cls(weight, float(np.quantile([-c.log_prob.numpy() for c in chunks[1:]], quantile)))
 
+    @property
+    def sees_pixels(self) -> bool:
+        """They are encoded again."""
+        return True
+
     def value(self, moment: Moment) -> Tensor:
         """See the class."""
         score = moment.world.score(moment.before, moment.chunk.frames, moment.actions)
@@ -286,6 +301,11 @@ class Custom(Objective):
     def name(self) -> str:
         """The function's own name."""
         return str(getattr(self.function, "__name__", "the objective"))
+
+    @property
+    def sees_pixels(self) -> bool:
+        """It may."""
+        return True
 
     def value(self, moment: Moment) -> Tensor:
         """See the class."""

@@ -30,12 +30,14 @@ class Futures:
     """K imagined futures, best first.
 
     actions: (K, H, ...), in a Dict space a dict of such. returns: (K,) float64. frames: (K, H, F, height, width, 3)
-    uint8. reward, log_prob: (K, H), the reward and the nats of every chunk.
+    uint8, or (K, H, 0, height, width, 3) where none were decoded. latents: (K, H, C, h, w). reward, log_prob: (K, H),
+    the reward and the nats of every chunk.
     """
 
     actions: Actions
     returns: np.ndarray
     frames: np.ndarray
+    latents: np.ndarray
     reward: np.ndarray
     log_prob: np.ndarray
 
@@ -43,6 +45,16 @@ class Futures:
         """The ``count`` futures of the highest return."""
         order = np.argsort(-self.returns, kind="stable")[:count]
         return Futures(*(take(getattr(self, name), order) for name in Futures.__annotations__))
+
+    @torch.no_grad()
+    def decoded(self, world: WorldModel) -> Futures:
+        """The same futures with their frames, by a codec that decodes every chunk alone."""
+        if self.frames.shape[2]:
+            return self
+        latents = torch.from_numpy(self.latents).to(world.device)
+        frames, _ = world.codec.decode(latents, world.codec.initial_state(len(latents)))
+        shape = (*self.latents.shape[:2], *world.frames_shape)
+        return replace(self, frames=frames.cpu().numpy().reshape(shape))
 
     def joined(self, other: Futures | None) -> Futures:
         """These and other futures."""
@@ -77,8 +89,11 @@ def imagine(
     actions: Actions,
     objective: Objective | Callable[[Moment], Any],
     sampling: Sampling | None = None,
+    decode: bool = True,
 ) -> Futures:
     """Play N action sequences (N, H, ...) in N forks of one session and add up the objective; in the given order.
+
+    ``decode=False`` leaves the frames out where neither the objective nor the codec needs them.
 
     Raises:
         InputError: more than one session, or a value of the objective that is not finite, with its step.
@@ -92,18 +107,20 @@ def imagine(
     branches = state.fork(n)
     survival = torch.ones(n, dtype=torch.float64)
     returns = torch.zeros(n, dtype=torch.float64)
-    frames, rewards, nats = [], [], []
+    decode = decode or goal.sees_pixels or bool(state.codec)
+    frames, latents, rewards, nats = [], [], [], []
     for step in range(horizon):
         taken = take(actions, step, axis=1)
-        after, chunk = world.step(branches, taken, sampling)
+        after, chunk = world.step(branches, taken, sampling, decode=decode)
         moment = Moment(world, branches, after, chunk, taken, survival, step, horizon)
         returns = returns + judge(goal, moment)
         survival = survival_after(survival, chunk)
         branches = after
         frames.append(chunk.frames.cpu().numpy())
+        latents.append(chunk.latent.float().cpu().numpy())
         rewards.append(chunk.reward.cpu().numpy())
         nats.append(chunk.log_prob.numpy())
-    stacked = (np.stack(x, axis=1) for x in (frames, rewards, nats))
+    stacked = (np.stack(x, axis=1) for x in (frames, latents, rewards, nats))
     return Futures(actions, returns.numpy(), *stacked)
 
 
@@ -167,7 +184,7 @@ class Planner:
 
         def evaluate(actions: Actions) -> np.ndarray:
             nonlocal kept
-            futures = imagine(world, state, actions, goal, self.sampling)
+            futures = imagine(world, state, actions, goal, self.sampling, decode=False)
             kept = futures.best(FUTURES).joined(kept).best(FUTURES)
             return futures.returns
 
@@ -178,7 +195,7 @@ class Planner:
             found.value,
             found.candidates,
             found.returns,
-            kept,
+            kept.decoded(world),
             found.iterations,
             found.seconds,
             found.shift(search),

@@ -209,7 +209,7 @@ def evaluate_fidelity(world: WorldModel, config: TrialConfig, progress: Progress
         candidates = np.array(
             [[space.sample() for _ in range(horizon)] for _ in range(CANDIDATES)], dtype=space.dtype
         )
-        imagined = imagine(world, state, candidates, PredictedReward())
+        imagined = imagine(world, state, candidates, PredictedReward(), decode=False)
         real = [executed(plain, seed, walked.actions[:-1], list(c), made.frame_skip) for c in candidates]
         return {"imagined": imagined.returns.tolist(), "real": real}
 

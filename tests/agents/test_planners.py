@@ -150,6 +150,12 @@ def test_a_plan_can_be_drawn(world: WorldModel) -> None:
     plan = Planner(SMALL).plan(world, state)
     sheet = draw_plan(plan, scale=2)
     assert sheet.dtype == np.uint8
+    assert plan.futures.frames.shape == (4, 3, 4, 32, 32, 3)
+    watched = Planner(SMALL).plan(
+        world, state, lambda m: m.survival * m.chunk.reward.double()
+    )  # may see frames
+    np.testing.assert_array_equal(watched.actions, plan.actions)
+    np.testing.assert_array_equal(watched.futures.frames, plan.futures.frames)
     assert sheet.shape == (16 + 4 * (16 + 64 + 16), 3 * (64 + 4), 3)
     cell = sheet[32 : 32 + 64, : 2 * 32]
     np.testing.assert_array_equal(cell[::2, ::2], plan.futures.frames[0, 0, -1])
