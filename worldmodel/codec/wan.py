@@ -320,6 +320,7 @@ class WanCodec(nn.Module):
         names = [f"decoder.{i}" for i in range(len(fast.memory_shapes(1, 1)))]
         latents = rearrange(z, "B C T h w -> B T C h w").to(state[names[0]].dtype)
         pixels, memories = fast(latents, [state[name] for name in names])
+        memories = [m.contiguous() for m in memories]
         if not going:
             pixels = pixels[:, :, self.config.frames - self.config.first_frames :]
         started = torch.ones_like(state["decoder.started"])
@@ -354,7 +355,8 @@ class WanCodec(nn.Module):
         first = {} if side == "encoder" else {"first_chunk": not going}
         out = part(x, feat_cache=cache, feat_idx=[0], **first)
         after = {
-            f"{side}.{i}": new if isinstance(new, Tensor) else state[f"{side}.{i}"]
+            # in one layout, as a saved state comes back: kernels round by layout
+            f"{side}.{i}": new.contiguous() if isinstance(new, Tensor) else state[f"{side}.{i}"]
             for i, new in enumerate(cache)
         }
         return out, {**state, **after, f"{side}.started": torch.ones_like(state[f"{side}.started"])}

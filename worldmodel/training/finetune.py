@@ -9,6 +9,7 @@ wrapped modules (as peft's are), so whatever the flow does with a weight, shardi
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -254,6 +255,9 @@ def _prepare(
     if not files.spec.flow.text_tokens or (run / "text.safetensors").is_file():
         return
     if prompts is None:
+        spec = replace(files.spec, fps=float(dataset.info["fps"]))
+        prompts = replace(files, spec=spec).prompts(device, run / "prompts")
+    if prompts is None:
         raise ConfigError(
             f"{files.spec.name} has prompts, and no text encoder to embed the captions with was found"
         )
@@ -359,6 +363,8 @@ def _export(
     if not acts:
         starts = {k: v for k, v in starts.items() if k == "frames"}
     write_world(out, spec, tensors, starts, card(spec.name, files.spec.name, source, spec.quality))
+    if spec.text is not None and (files.path / spec.text.encoder).is_dir():
+        shutil.copytree(files.path / spec.text.encoder, out / spec.text.encoder, dirs_exist_ok=True)
 
 
 def card(name: str, base: str, source: str, quality: dict[str, Any]) -> str:

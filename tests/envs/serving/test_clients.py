@@ -22,7 +22,7 @@ from gymnasium.wrappers import RecordEpisodeStatistics
 from envs import ChunkedEnv, RecordChunks, RemoteEnv, RemoteVectorEnv, WorldModelEnv, WorldModelVectorEnv
 from envs.serving.protocol import ServingError
 from envs.serving.server import WorldServer
-from envs.serving.session import RemoteChunk
+from envs.serving.session import RemoteChunk, RemoteScore
 from envs.serving.world_backend import WorldBackend
 from tests.toy import toy_world
 from worldmodel import InputError, WorldModel
@@ -81,8 +81,8 @@ def test_every_verb_gives_what_the_local_one_gives(
     assert equal(local.observe(frames), remote.observe(frames))
     np.testing.assert_array_equal(local.new_frames, remote.new_frames)
     ours, theirs = local.score(frames, actions[0], draws=2), remote.score(frames, actions[0], draws=2)
-    for name, value in vars(ours).items():
-        np.testing.assert_array_equal(value.numpy(), getattr(theirs, name))
+    for name in (f.name for f in fields(RemoteScore)):
+        np.testing.assert_array_equal(getattr(ours, name).numpy(), getattr(theirs, name), name)
     for ours, theirs in zip(local.imagine(actions[:3]), remote.imagine(actions[:3]), strict=True):
         for name in (f.name for f in fields(RemoteChunk)):
             np.testing.assert_array_equal(getattr(ours, name).numpy(), getattr(theirs, name), name)
