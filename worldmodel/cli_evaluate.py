@@ -40,8 +40,8 @@ def evaluate_agents(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="Sections, with commas between or given several times: planning, fidelity, inference, counterfactuals, termination, "
-            "imagination, anomalies. Default: all that fit the world."
+            help="Sections, with commas between or given several times: planning, fidelity, inference, "
+            "counterfactuals, termination, imagination, anomalies. Default: all that fit the world."
         ),
     ] = None,
     starts: Annotated[int, typer.Option(help="Held-out starts of an episode.")] = 20,
