@@ -1,12 +1,12 @@
 """What users of a world reach for, on the public API only: planners, inference, counterfactuals, an anomaly monitor."""
 
 from agents.action_inference import ActionPosterior, infer_action, label_video
-from agents.anomaly import AnomalyMonitor, AnomalyRecord
-from agents.calibration import MonitorConfig
-from agents.channels import Clip, episode_clip
+from agents.anomaly.calibration import MonitorConfig
+from agents.anomaly.channels import Clip, episode_clip
+from agents.anomaly.env import MonitoredEnv
+from agents.anomaly.monitor import AnomalyMonitor, AnomalyRecord
 from agents.counterfactual import Counterfactual, counterfactual
 from agents.drawing import draw_plan
-from agents.monitored_env import MonitoredEnv
 from agents.mpc import MPCAgent
 from agents.objectives import (
     Custom,

@@ -25,8 +25,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
-from agents.planning_evaluation import episode_chunks, play
-from agents.trial import Numbers, Progress, TrialConfig, mean_of, real_env
+from agents.evaluation.planning import episode_chunks, play
+from agents.evaluation.trial import Numbers, Progress, TrialConfig, mean_of, real_env
 from envs import ChunkedEnv, WorldModelVectorEnv
 from worldmodel import WorldModel
 from worldmodel.errors import CheckpointError, InputError
@@ -240,7 +240,7 @@ class PolicyAgent:
 
 
 def play_policy(agent: PolicyAgent, env: ChunkedEnv, seed: int, chunks: int) -> Numbers:
-    """One real episode; as `agents.planning_evaluation.play`."""
+    """One real episode; as `agents.evaluation.planning.play`."""
     agent.reset()
     return play(env, seed, chunks, lambda _, frames: agent.act(frames))
 

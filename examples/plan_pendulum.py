@@ -14,8 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from agents import MPCAgent, Planner, draw_plan
-from agents.planning_evaluation import at_random, play, with_the_world, with_true_dynamics
-from agents.trial import TrialConfig, mean_of, real_env
+from agents.evaluation.planning import at_random, play, with_the_world, with_true_dynamics
+from agents.evaluation.trial import TrialConfig, mean_of, real_env
 from worldmodel import WorldModel
 from worldmodel.training.plots import write_sheet
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from agents.evaluation.planning import episode_chunks
+from agents.evaluation.trial import TrialConfig, mean_of, real_env
 from agents.imagination import PolicyAgent, chunks_learned, play_policy, train_policy
-from agents.planning_evaluation import episode_chunks
-from agents.trial import TrialConfig, mean_of, real_env
 from worldmodel import WorldModel
 
 

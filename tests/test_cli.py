@@ -24,7 +24,11 @@ def command(*arguments: str) -> list[str]:
         (("evaluate", "--bogus"), 2, "--bogus"),
         (("evaluate", "nope"), 1, "shipped worlds"),
         (("evaluate", "agents", "nope"), 1, "shipped worlds"),
-        (("evaluate", "agents", "--only", "flying"), 1, "choose from planning"),
+        (
+            ("evaluate", "agents", "--only", "flying,planning", "--only", "hovering"),
+            1,
+            "no section flying, hovering; choose from planning",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments: tuple[str, ...], status: int, words: str) -> None:

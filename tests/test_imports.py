@@ -13,8 +13,9 @@ LAYERS = ("worldmodel", "envs", "agents", "examples")
 RIGHT_OF_ALL = ("tests", "benchmarks")
 COMMAND_LINE = {
     "worldmodel/__main__.py": ("envs", "agents"),
-    "worldmodel/cli.py": ("envs", "agents"),
     "worldmodel/cli_bench.py": ("benchmarks",),
+    "worldmodel/cli_evaluate.py": ("agents",),
+    "worldmodel/cli_imagine.py": ("envs",),
     "worldmodel/cli_serving.py": ("envs",),
     "worldmodel/cli_watch.py": ("envs",),
 }
@@ -80,9 +81,10 @@ def test_nothing_banned_is_imported() -> None:
         ("worldmodel/flow/block.py", "if TYPE_CHECKING:\n    from agents import MPCAgent"),
         ("worldmodel/world.py", "import importlib\nimportlib.import_module('envs.env')"),
         ("worldmodel/world.py", "from tests.golden_check import compare"),
-        ("worldmodel/cli.py", "import envs"),
-        ("worldmodel/cli.py", "try:\n    import envs\nexcept ImportError:\n    pass"),
-        ("worldmodel/cli.py", "def main():\n    import examples.demo"),
+        ("worldmodel/cli_evaluate.py", "import agents"),
+        ("worldmodel/cli_imagine.py", "try:\n    import envs\nexcept ImportError:\n    pass"),
+        ("worldmodel/cli_imagine.py", "def main():\n    import examples.demo"),
+        ("worldmodel/cli_imagine.py", "def main():\n    import agents"),
         ("worldmodel/codec/cli.py", "def main():\n    import envs"),
         ("envs/env.py", "import worldmodel, agents"),
         ("envs/env.py", "import examples"),
@@ -96,7 +98,8 @@ def test_the_checker_finds(path: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("worldmodel/cli.py", "def play():\n    import envs\n    from agents import MPCAgent"),
+        ("worldmodel/cli_imagine.py", "def play():\n    import envs"),
+        ("worldmodel/cli_evaluate.py", "def run():\n    from agents import MPCAgent"),
         ("worldmodel/__main__.py", "def main():\n    import envs"),
         ("worldmodel/world.py", "from .flow import block\nfrom . import envs\nimport environs"),
         ("envs/env.py", "import worldmodel.world"),

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from agents.channels import Channel
-from agents.conformal import COMBINATIONS, Sides, Tail, episode_threshold, episodes_needed
+from agents.anomaly.channels import Channel
+from agents.anomaly.conformal import COMBINATIONS, Sides, Tail, episode_threshold, episodes_needed
 from worldmodel import ConfigError, InputError
 
 FOLDS = 5

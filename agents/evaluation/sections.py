@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from agents.anomaly_table import plot_anomalies
-from agents.inference_evaluation import (
+from agents.evaluation.anomaly_table import plot_anomalies
+from agents.evaluation.inference import (
     evaluate_counterfactuals,
     evaluate_inference,
     evaluate_termination,
@@ -21,14 +21,14 @@ from agents.inference_evaluation import (
     plot_inference,
     plot_termination,
 )
-from agents.planning_evaluation import (
+from agents.evaluation.planning import (
     evaluate_fidelity,
     evaluate_planning,
     plot_fidelity,
     plot_planning,
     plot_returns,
 )
-from agents.trial import Numbers, Progress, TrialConfig
+from agents.evaluation.trial import Numbers, Progress, TrialConfig
 from worldmodel import InputError, WorldModel
 from worldmodel.errors import ConfigError
 from worldmodel.files import write_atomic, write_json
@@ -60,7 +60,7 @@ def _evaluate_imagination(world: WorldModel, config: TrialConfig, progress: Prog
 
 
 def _evaluate_anomalies(world: WorldModel, config: TrialConfig, progress: Progress) -> Numbers:
-    from agents.anomaly_evaluation import AnomalyEvaluation, evaluate_anomalies
+    from agents.evaluation.anomalies import AnomalyEvaluation, evaluate_anomalies
 
     return evaluate_anomalies(world, AnomalyEvaluation(bootstrap=config.bootstrap))
 

@@ -13,11 +13,11 @@ import gymnasium
 import numpy as np
 
 from agents.beliefs import first_belief
+from agents.evaluation.trial import Numbers, Progress, TrialConfig, camera, mean_of, real_env, resampled, walk
 from agents.mpc import MPCAgent
 from agents.objectives import PredictedReward
 from agents.planners import Planner, imagine
 from agents.search import search_actions
-from agents.trial import Numbers, Progress, TrialConfig, camera, mean_of, real_env, resampled, walk
 from envs import ChunkedEnv
 from worldmodel import WorldModel
 

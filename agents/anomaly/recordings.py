@@ -15,10 +15,10 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from agents.anomaly import AnomalyMonitor, AnomalyRecord
-from agents.anomaly_drawing import overlay_video, plot_records
-from agents.calibration import MonitorConfig
-from agents.channels import Clip, episode_clip
+from agents.anomaly.calibration import MonitorConfig
+from agents.anomaly.channels import Clip, episode_clip
+from agents.anomaly.drawing import overlay_video, plot_records
+from agents.anomaly.monitor import AnomalyMonitor, AnomalyRecord
 from envs.recorder import CODECS, write_video
 from worldmodel import CheckpointError, DataError, InputError, WorldModel
 from worldmodel.files import config_to_dict, write_atomic, write_json

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from agents import AnomalyMonitor, Clip, MonitoredEnv
-from agents.monitoring import prepare_monitor, read_source, read_video
+from agents.anomaly.recordings import prepare_monitor, read_source, read_video
 from envs import ChunkedEnv
 from envs.recorder import write_video
 from tests.toy import write_toy

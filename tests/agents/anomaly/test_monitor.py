@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from agents import AnomalyMonitor, Clip, MonitorConfig
-from agents.anomaly import HeatScale
+from agents.anomaly.monitor import HeatScale
 from tests.toy import toy_world
 from worldmodel import CheckpointError, InputError, WorldModel
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agents.conformal import COMBINATIONS, Sides, Tail, episode_threshold, episodes_needed
+from agents.anomaly.conformal import COMBINATIONS, Sides, Tail, episode_threshold, episodes_needed
 from worldmodel import InputError
 
 

@@ -6,7 +6,7 @@ from typing import Any, SupportsFloat
 
 import gymnasium
 
-from agents.anomaly import AnomalyMonitor, AnomalyRecord
+from agents.anomaly.monitor import AnomalyMonitor, AnomalyRecord
 from worldmodel import InputError
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agents.calibration import Calibration, MonitorConfig, Tracked
-from agents.channels import Channel
+from agents.anomaly.calibration import Calibration, MonitorConfig, Tracked
+from agents.anomaly.channels import Channel
 from worldmodel import ConfigError, InputError
 
 BANK = (Channel("a", True), Channel("b", False))

@@ -14,8 +14,8 @@ from gymnasium import spaces
 from agents.action_inference import infer_action
 from agents.actions import batch_of_one
 from agents.counterfactual import counterfactual
-from agents.planning_evaluation import episode_chunks
-from agents.trial import (
+from agents.evaluation.planning import episode_chunks
+from agents.evaluation.trial import (
     Numbers,
     Progress,
     TrialConfig,

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agents.anomaly_evaluation import AnomalyEvaluation, evaluate_anomalies
-from agents.anomaly_table import plot_anomalies, plot_delays, summary
-from agents.conformal import COMBINATIONS
-from agents.perturbations import PERTURBATIONS
+from agents.anomaly.conformal import COMBINATIONS
+from agents.anomaly.perturbations import PERTURBATIONS
+from agents.evaluation.anomalies import AnomalyEvaluation, evaluate_anomalies
+from agents.evaluation.anomaly_table import plot_anomalies, plot_delays, summary
 from tests.toy import toy_world
 from worldmodel import InputError, WorldModel
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agents.detection import Wins, interval, localisation, resamples, share_interval
+from agents.anomaly.detection import Wins, interval, localisation, resamples, share_interval
 
 
 def test_auroc_is_the_share_of_pairs_won() -> None:

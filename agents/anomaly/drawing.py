@@ -11,8 +11,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from agents.anomaly import AnomalyRecord
-from agents.channels import Clip
+from agents.anomaly.channels import Clip
+from agents.anomaly.monitor import AnomalyRecord
 
 BAND, STRIP = 36, 56
 """Heights in pixels of the line of text above the picture and of the curve below it."""

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from agents.anomaly import MONITOR_SEED, AnomalyMonitor
-from agents.calibration import MonitorConfig, Tracked
-from agents.channels import episode_clip, measure_clips
-from agents.conformal import COMBINATIONS
-from agents.detection import Wins, interval, localisation, resamples, share_interval
-from agents.perturbations import ENV_ID, ONSET, PERTURBATIONS, Perturbation, perturb_pictures
+from agents.anomaly.calibration import MonitorConfig, Tracked
+from agents.anomaly.channels import episode_clip, measure_clips
+from agents.anomaly.conformal import COMBINATIONS
+from agents.anomaly.detection import Wins, interval, localisation, resamples, share_interval
+from agents.anomaly.monitor import MONITOR_SEED, AnomalyMonitor
+from agents.anomaly.perturbations import ENV_ID, ONSET, PERTURBATIONS, Perturbation, perturb_pictures
 from worldmodel import InputError, WorldModel
 from worldmodel.files import config_from_dict, config_to_dict, read_json
 from worldmodel.training.collect import CollectConfig, collect

@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 import torch
 
-from agents.calibration import Calibration, MonitorConfig, Tracked, Verdict
-from agents.channels import Clip, Measurement, channels_of, check_clip, measure, measure_clips
+from agents.anomaly.calibration import Calibration, MonitorConfig, Tracked, Verdict
+from agents.anomaly.channels import Clip, Measurement, channels_of, check_clip, measure, measure_clips
 from worldmodel import CheckpointError, InputError, WorldModel
 from worldmodel.files import config_from_dict, config_to_dict, load_metadata, load_tensors, save_tensors
 

@@ -6,7 +6,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from agents.perturbations import ENV_ID, EVERY, ONSET, PERTURBATIONS, perturb_pictures
+from agents.anomaly.perturbations import ENV_ID, EVERY, ONSET, PERTURBATIONS, perturb_pictures
 from worldmodel import InputError
 from worldmodel.training.episodes import Episode
 

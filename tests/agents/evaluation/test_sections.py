@@ -9,9 +9,9 @@ import gymnasium
 import numpy as np
 import pytest
 
-from agents.evaluation import SECTIONS, evaluate_agents, finite, summary
-from agents.planning_evaluation import lander_state, pearson, pendulum_returns, play
-from agents.trial import Progress, TrialConfig, auroc, camera, real_env, replay, resampled, walk
+from agents.evaluation.planning import lander_state, pearson, pendulum_returns, play
+from agents.evaluation.sections import SECTIONS, evaluate_agents, finite, summary
+from agents.evaluation.trial import Progress, TrialConfig, auroc, camera, real_env, replay, resampled, walk
 from tests.toy import write_toy
 from worldmodel import InputError, WorldModel
 from worldmodel.files import config_to_dict

@@ -24,7 +24,7 @@ EVERY = 8
 
 FOREVER = 10_000
 """Chunks of an episode that has no end of its own."""
-ENV_ID = "agents.perturbations:PerturbedPendulum-v0"
+ENV_ID = "agents.anomaly.perturbations:PerturbedPendulum-v0"
 """For `gymnasium.make` and `CollectConfig`, with ``perturbation`` among the arguments."""
 
 Simulator = Any
@@ -210,5 +210,5 @@ PERTURBATIONS: dict[str, Perturbation] = {
 }
 """The rows of the table, by name."""
 
-gymnasium.register(ENV_ID.split(":")[1], entry_point="agents.perturbations:PerturbedPendulum")
+gymnasium.register(ENV_ID.split(":")[1], entry_point="agents.anomaly.perturbations:PerturbedPendulum")
 WIDE_STARTS[ENV_ID] = pendulum_anywhere

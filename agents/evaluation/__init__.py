@@ -1,0 +1,1 @@
+"""What agents do with a world, proven in the real environment: `worldmodel evaluate agents`."""

@@ -1,0 +1,14 @@
+"""What several commands take."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+World = Annotated[
+    str,
+    typer.Argument(
+        help="A world that ships with the package (pendulum), a world directory, or apple/starflow-v."
+    ),
+]

@@ -1,0 +1,151 @@
+"""``worldmodel collect``, ``worldmodel train`` and ``worldmodel finetune``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from worldmodel.cli_arguments import World
+
+
+def collect(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe (pendulum), a recipe file, or the id of a Gymnasium environment.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Where to; default data/NAME.")] = None,
+    episodes: Annotated[int | None, typer.Option(help="How many episodes.")] = None,
+    chunks: Annotated[int | None, typer.Option(help="Length of an episode in chunks.")] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Behaviour policy NAME or NAME=SHARE; may be given several times."),
+    ] = None,
+    hide: Annotated[
+        list[str] | None, typer.Option(help="Attribute of the simulator to set to None while filming.")
+    ] = None,
+    frame_size: Annotated[int | None, typer.Option(help="Height and width of the frames in pixels.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the whole collection.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes.")] = 2,
+) -> None:
+    """Collect episodes from a real environment that renders; lossless, resumable, documented in docs/episodes.md."""
+    from worldmodel.training.collect import CollectConfig, PolicyShare
+    from worldmodel.training.collect import collect as run
+    from worldmodel.training.recipes import RECIPES, load_recipe
+
+    named = recipe in RECIPES or Path(recipe).is_file()
+    config = load_recipe(recipe).collect if named else CollectConfig(env=recipe)
+    changes: dict[str, Any] = {"episodes": episodes, "chunks": chunks, "seed": seed, "workers": workers}
+    changes["hide"] = tuple(hide) if hide else None
+    changes["frame_size"] = (frame_size, frame_size) if frame_size else None
+    changes["policies"] = tuple(PolicyShare(*_share(p)) for p in policy) if policy else None
+    config = replace(config, **{k: v for k, v in changes.items() if v is not None})
+    name = load_recipe(recipe).name if named else recipe.replace("/", "-")
+    folder = out or Path("data") / name
+    run(config, folder)
+    print(f"{config.episodes} episodes in {folder}")
+
+
+def _share(text: str) -> tuple[str, float]:
+    name, _, share = text.partition("=")
+    try:
+        return name, float(share or 1.0)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: expected NAME or NAME=SHARE") from None
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe (pendulum), or a recipe file.")],
+    data: Annotated[Path | None, typer.Option(help="The episodes; default data/NAME.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Checkpoints and logs; default runs/NAME.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The world directory; default RUN/world.")] = None,
+    until: Annotated[str, typer.Option(help="Stop after this stage: codec, flow or heads.")] = "heads",
+    print_recipe: Annotated[
+        bool, typer.Option(help="Print the recipe as JSON and stop: a start for your own.")
+    ] = False,
+) -> None:
+    """Train codec, flow, denoiser and heads on collected episodes and write a world.
+
+    Kill it at any moment and run the same command again: it continues. TensorBoard logs lie in RUN/*/tensorboard.
+    Several processes or GPUs: torchrun --nproc-per-node N -m -- worldmodel train RECIPE (FSDP2).
+    """
+    from worldmodel.files import config_to_dict
+    from worldmodel.training.recipes import load_recipe
+
+    chosen = load_recipe(recipe)
+    if print_recipe:
+        print(json.dumps(config_to_dict(chosen), indent=2))
+        return
+    from worldmodel.training.export import train_world
+    from worldmodel.training.parallel import Ranks
+
+    run = run or Path("runs") / chosen.name
+    out = out or run / "world"
+    with Ranks.joined() as ranks:
+        world = train_world(chosen, data or Path("data") / chosen.name, run, out, until, ranks)
+    if ranks.first:
+        done = f"world written to {out}; look at it with: worldmodel info {out}"
+        print(done if world else f"{until} done, in {run}")
+
+
+def finetune(
+    world: World,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="minari:NAME, or a folder: of LeRobot, of videos beside captions (clip.txt) or actions "
+            "(clip.npy, clip.csv, clip.json), or of collected episodes."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The world directory to write.")],
+    lora: Annotated[int, typer.Option(help="Rank of the low-rank adapters.")] = 16,
+    full: Annotated[bool, typer.Option("--full", help="Train every weight instead of adapters.")] = False,
+    run: Annotated[
+        Path | None, typer.Option(help="Converted data, checkpoints and logs; default runs/OUT.")
+    ] = None,
+    camera: Annotated[str | None, typer.Option(help="Which pictures, where the data has several.")] = None,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 2_000,
+    minutes: Annotated[float | None, typer.Option(help="End after so many minutes, if sooner.")] = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
+    batch: Annotated[int, typer.Option(help="Windows a step, over all processes.")] = 16,
+    length: Annotated[int, typer.Option(help="Latent frames a window, at most the world's.")] = 16,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Activation checkpointing: less memory, more time.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+) -> None:
+    """Fine-tune a world on your data; one without actions learns them (unchanged until it is trained).
+
+    Kill it at any moment and run the same command again: it continues. TensorBoard logs lie in RUN/flow/tensorboard.
+    Several processes or GPUs: torchrun --nproc-per-node N -m -- worldmodel finetune ... (FSDP2).
+    Adapters are merged into the weights that are written; apart, they stay in RUN/flow.
+    """
+    from worldmodel.training.finetune import Finetune
+    from worldmodel.training.finetune import finetune as train_further
+    from worldmodel.training.loop import LoopConfig
+    from worldmodel.training.parallel import Ranks
+
+    loop = LoopConfig(steps=steps, minutes=minutes, lr=lr, warmup=min(50, steps), seed=seed)
+    config = Finetune(
+        loop,
+        lora=0 if full else lora,
+        batch=batch,
+        length=length,
+        recompute=recompute,
+        compiled=steps >= 500,  # compiling takes as long as hundreds of steps
+    )
+    folder = run or Path("runs") / out.name
+    with Ranks.joined() as ranks:
+        tuned = train_further(world, data, folder, out, config, camera, ranks=ranks)
+    if tuned is not None:
+        print(f"world written to {out}; look at it with: worldmodel info {out}")
+        for name, values in tuned.spec.quality.items():
+            print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the command line."""
+    for command in (collect, train, finetune):
+        app.command()(command)
