@@ -195,8 +195,6 @@ def test_a_killed_run_goes_on_to_the_same_world(
 def test_a_world_with_prompts_learns_actions_from_captioned_episodes(tmp_path: Path) -> None:
     toy = write_toy(tmp_path / "toy", TEXT, action_features=0, text_tokens=3, text_dim=5)
     data = write_episodes(tmp_path / "data", spaces.MultiDiscrete([3, 2]))
-    with pytest.raises(ConfigError, match="has prompts, and no text encoder"):
-        finetune(toy, str(data), tmp_path / "run", tmp_path / "out", CONFIG)
     prompts = Spelled()
     world = finetune(toy, str(data), tmp_path / "run", tmp_path / "out", CONFIG, prompts=prompts)
     extended = ["(extend) square 0", "(extend) square 1"]
@@ -206,6 +204,16 @@ def test_a_world_with_prompts_learns_actions_from_captioned_episodes(tmp_path: P
     state, chunks = world.reset([0])
     state, chunk = world.step(state, np.array([[2, 1]]))
     assert torch.isfinite(chunk.log_prob).all() and chunk.action_gain.abs().max() > 0
+
+
+def test_captions_are_embedded_by_the_encoder_that_comes_with_the_world(tmp_path: Path) -> None:
+    toy = write_toy(tmp_path / "toy", TEXT, action_features=0, text_tokens=3, text_dim=5)
+    data = write_episodes(tmp_path / "data", spaces.MultiDiscrete([3, 2]))
+    world = finetune(toy, str(data), tmp_path / "run", tmp_path / "out", CONFIG)
+    assert world is not None
+    state, _ = world.reset([0], prompts=["square 1"])
+    _, chunk = world.step(state, np.array([[2, 1]]))
+    assert torch.isfinite(chunk.log_prob).all()
 
 
 def test_captions_alone_leave_the_action_space_as_it_is(tmp_path: Path) -> None:
