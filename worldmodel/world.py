@@ -3,7 +3,7 @@
 `step` imagines: noise -> deep block (Jacobi) -> u -> shallow blocks inverse -> noisy latent x~. `observe` takes what
 really happened: frames -> codec -> + noise -> x~. From x~ on both go the same way (`_commit`): shallow blocks forward
 -> u, one causal pass of the deep block that writes exact K/V and yields the exact density of x~. Then the denoiser and
-the codec make frames of an imagined one.
+the codec make frames of an imagined one. The weights are `parts.WorldParts`, what a verb returns is in `chunk.py`.
 """
 
 from __future__ import annotations
