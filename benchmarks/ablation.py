@@ -15,7 +15,8 @@ from benchmarks.measure import Row, interleaved, ms
 from benchmarks.steps import random_actions, unpacked, walk
 from worldmodel import WorldModel
 from worldmodel.flow import flow as flow_module
-from worldmodel.flow.deep import Committed, Context, DeepBlock
+from worldmodel.flow.context import Context
+from worldmodel.flow.deep import Committed, DeepBlock
 from worldmodel.state import WorldState
 
 

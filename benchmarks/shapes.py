@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.measure import Row, flops, interleaved
-from worldmodel.flow.deep import Context
+from worldmodel.flow.context import Context
 from worldmodel.flow.flow import Flow, FlowConfig
 from worldmodel.packed import pack
 

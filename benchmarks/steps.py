@@ -112,7 +112,8 @@ def by_stage(world: WorldModel, batch: int, count: int, peak: float) -> list[Row
     spent: dict[str, list[float]] = {}
     total = []
     with ExitStack() as stack:
-        stack.enter_context(timed(deep, ["invert", "solve", "commit", "make_room"], spent))
+        stack.enter_context(timed(deep, ["invert", "solve", "commit"], spent))
+        stack.enter_context(timed(world, ["_room"], spent))
         stack.enter_context(timed(flow, ["imagine", "denoise"], spent))
         stack.enter_context(timed(world.codec, ["decode"], spent))
         stack.enter_context(timed(world.heads, ["forward"], spent))
@@ -127,9 +128,9 @@ def by_stage(world: WorldModel, batch: int, count: int, peak: float) -> list[Row
     mean = {name: sum(t) / count for name, t in spent.items()}
     solve = mean.get("invert", 0.0) + mean.get("solve", 0.0)
     # the window's own commits, of the next window's frames, are part of "window"
-    commit = max(0.0, mean["commit"] - mean["make_room"]) if "solve" in mean else 0.0
+    commit = max(0.0, mean["commit"] - mean["_room"]) if "solve" in mean else 0.0
     stages = {
-        "window": mean["make_room"],
+        "window": mean["_room"],
         "deep": solve,
         "commit": commit,
         "shallow": mean["imagine"] - solve - commit,

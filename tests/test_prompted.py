@@ -13,8 +13,10 @@ from torch import Tensor
 
 from tests.sessions import same_chunk
 from tests.toy import TEXT, TOLD, toy_world, write_toy
+from worldmodel import prompted
 from worldmodel.errors import CheckpointError, ConfigError, InputError
 from worldmodel.files import read_json, write_json
+from worldmodel.flow import window
 from worldmodel.flow.affine import standard_normal_log_prob
 from worldmodel.sampling import Sampling
 from worldmodel.state import WorldState
@@ -106,7 +108,8 @@ def test_a_switch_at_step_k_changes_nothing_before_k(world: WorldModel, k: int, 
 def test_the_same_prompt_again_costs_nothing(world: WorldModel, monkeypatch: pytest.MonkeyPatch) -> None:
     state, _ = run(world, world.initial_state([0, 1], ["a corgi", "a cat"]), [None] * 2)
     assert world.prompt(state, ["a corgi", "a cat"]) is state
-    monkeypatch.setattr(type(world.flow.deep), "reencode", None)
+    for module in (prompted, window):
+        monkeypatch.setattr(module, "reencode", None)
     world.step(state, ["a corgi", "a cat"])
 
 

@@ -26,6 +26,7 @@ from tests.sessions import (
 from tests.toy import BOX, toy_world
 from worldmodel.errors import InputError
 from worldmodel.flow.affine import standard_normal_log_prob
+from worldmodel.flow.window import make_room
 from worldmodel.noise import OBSERVE, SCORE, normal
 from worldmodel.sampling import Sampling
 from worldmodel.world import WorldModel
@@ -157,7 +158,7 @@ def exactly(world: WorldModel, a: np.ndarray, noise: list[Tensor], sampling: Sam
     context = deep.start(len(a), world.grid, 6, features=8)
     u = []
     for t in range(a.shape[1]):
-        context = deep.reserve(deep.make_room(context, 3 if sampling.context == "reencode" else None))
+        context = deep.reserve(make_room(deep, context, 3 if sampling.context == "reencode" else None))
         w = world.flow.tokens(noise[t][:, None])[:, 0]
         u.append(deep.solve(context, w, given[:, t : t + 1], 0.0, 0.0, exact=True).v[:, None])
         context, _ = deep.commit(context, u[-1], given[:, t : t + 1])
@@ -202,7 +203,7 @@ def test_the_state_after_a_step_is_that_of_the_tokens_accepted(world: WorldModel
         noisy.append(state.noisy[:, -1])
     context = deep.start(1, world.grid, 6, features=8)
     for t in range(9):
-        context = deep.reserve(deep.make_room(context, 3 if sampling.context == "reencode" else None))
+        context = deep.reserve(make_room(deep, context, 3 if sampling.context == "reencode" else None))
         u, _ = world.flow.shallow_forward(noisy[t][:, None], world.grid)
         context, _ = deep.commit(context, u, given[:, t : t + 1])
     mine, theirs = (

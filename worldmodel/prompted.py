@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from worldmodel.condition.prompts import Prompts
 from worldmodel.errors import InputError
-from worldmodel.flow.deep import Context
+from worldmodel.flow.context import Context
 from worldmodel.flow.flow import Flow
+from worldmodel.flow.window import reencode
 from worldmodel.state import WorldState
 
 
@@ -26,6 +30,23 @@ def check_captions(captions: Sequence[str] | None, rows: int) -> tuple[str, ...]
     if isinstance(captions, str) or not all(isinstance(c, str) for c in captions) or len(captions) != rows:
         raise InputError(f"prompts are {captions!r:.80}, expected a sequence of {rows} strings")
     return tuple(captions)
+
+
+def conditions(
+    prompts: Prompts | None, captions: Sequence[str] | None, rows: int, guided: bool, device: torch.device
+) -> tuple[tuple[str, ...] | None, Tensor | None, Tensor | None]:
+    """Captions of new sessions, their condition tokens, and those of the empty prompt where it is kept up (``guided``).
+
+    Raises:
+        InputError: captions in a world that takes none, or not one for each session.
+    """
+    if prompts is None:
+        if captions is not None:
+            raise InputError("this world takes no prompts; leave them out")
+        return None, None, None
+    checked = check_captions(captions, rows)
+    text = prompts(checked).to(device)
+    return checked, text, prompts([""] * rows).to(text) if guided else None
 
 
 def switched(flow: Flow, prompts: Prompts, state: WorldState, captions: Sequence[str]) -> WorldState:
@@ -51,7 +72,7 @@ def switched(flow: Flow, prompts: Prompts, state: WorldState, captions: Sequence
         if keep >= 0:
             effective = [_in_effect(prompts, after[b], keep < int(state.steps[b])) for b in rows]
             text = prompts(effective).to(state.context.u)
-            part = flow.deep.reencode(replace(part, text=text), keep)
+            part = reencode(flow.deep, replace(part, text=text), keep)
         parts.append(part)
     order = [b for rows in groups.values() for b in rows]
     context = Context.concat(parts)
@@ -91,7 +112,7 @@ def with_unconditional(flow: Flow, prompts: Prompts, context: Context) -> Contex
     for cohort in context.cache.cohorts:
         part = context.select(range(row, row + cohort.rows))
         text = prompts([""] * cohort.rows).to(context.u)
-        plain = flow.deep.reencode(replace(part, text=text), cohort.frames)
+        plain = reencode(flow.deep, replace(part, text=text), cohort.frames)
         parts.append(replace(part, uncond=plain.cache, uncond_text=text))
         row += cohort.rows
     return Context.concat(parts)

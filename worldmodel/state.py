@@ -14,7 +14,7 @@ from worldmodel.codec.base import CodecState
 from worldmodel.errors import CheckpointError
 from worldmodel.files import load_metadata, load_tensors, save_tensors
 from worldmodel.flow.cache import Cohort, KVCache, Page, Segment
-from worldmodel.flow.deep import Context, repeat_rows
+from worldmodel.flow.context import Context, repeat_rows
 from worldmodel.noise import child_branch, seed_tensor
 
 STATE_FORMAT = 1

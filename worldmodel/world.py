@@ -3,247 +3,40 @@
 `step` imagines: noise -> deep block (Jacobi) -> u -> shallow blocks inverse -> noisy latent x~. `observe` takes what
 really happened: frames -> codec -> + noise -> x~. From x~ on both go the same way (`_commit`): shallow blocks forward
 -> u, one causal pass of the deep block that writes exact K/V and yields the exact density of x~. Then the denoiser and
-the codec make frames of an imagined one.
+the codec make frames of an imagined one. The weights are `parts.WorldParts`, what a verb returns is in `chunk.py`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from worldmodel.checkpoint import WorldFiles, WorldSpec, read_spec, read_world
-from worldmodel.codec.base import Codec, CodecState
-from worldmodel.codec.taehv import load_fast_decoder
-from worldmodel.codec.wan import WanCodec
-from worldmodel.condition.actions import ActionEncoder
-from worldmodel.condition.prompts import Prompts
+from worldmodel.chunk import Chunk, Score, actions_at
+from worldmodel.codec.base import CodecState
 from worldmodel.condition.spaces import pack_actions, prompt_key, prompts_of
+from worldmodel.denoising import clean_frame
 from worldmodel.errors import CheckpointError, InputError, WorldModelError
 from worldmodel.flow.affine import standard_normal_log_prob
-from worldmodel.flow.deep import Committed, Context
-from worldmodel.flow.flow import Flow
-from worldmodel.heads import Heads
+from worldmodel.flow.context import Context
+from worldmodel.flow.deep import Committed
+from worldmodel.flow.window import make_room
 from worldmodel.invariance import MATRIX_ROWS, with_rows
 from worldmodel.noise import OBSERVE, SAMPLE, SCORE, normal, seed_tensor
-from worldmodel.packed import pack
-from worldmodel.plan import check_memory
-from worldmodel.prompted import check_captions, continued, switched, with_unconditional
-from worldmodel.published import obtain
+from worldmodel.parts import WorldParts
+from worldmodel.prompted import conditions, continued, switched, with_unconditional
 from worldmodel.sampling import Sampling
+from worldmodel.starting import bank_actions, bank_chunks, bank_index, captioned, chunks_of
 from worldmodel.state import WorldState
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """What one step adds to B sessions. Likelihoods are of the *noised latent* x~ at the model's noise level.
-
-    frames: (B, F, height, width, 3) uint8 RGB, imagined or as observed. latent: (B, C, h, w) clean latent.
-    log_prob: (B,) float64 nats of the chunk given past and action, exact for x~ as committed. guided_log_prob: the
-    same under the guided sampler, or None. action_gain: (B,) nats, ``log p(chunk | action) - log p(chunk | no action)``;
-    under prompts ``log p(chunk | prompt, action) - log p(chunk | empty prompt, no action)`` in sessions that keep a past
-    under the empty prompt (those of a world with guidance, and those guided once), else what the action alone gains.
-    log_prob_map: (B, h, w) nats a latent cell, summing to log_prob. noise: (B, C, h, w) the z that x~ maps to; given
-    back to `WorldModel.step` it reproduces the chunk. reward, termination: (B,). sweeps: (B,) deep Jacobi sweeps, 0
-    for an observed chunk; residual: (B,) relative mean squared change of the last sweep. context_frames: (B,) latent
-    frames it was conditioned on.
-    """
-
-    frames: Tensor
-    latent: Tensor
-    log_prob: Tensor
-    guided_log_prob: Tensor | None
-    action_gain: Tensor
-    log_prob_map: Tensor
-    noise: Tensor
-    reward: Tensor
-    termination: Tensor
-    sweeps: Tensor
-    residual: Tensor
-    context_frames: Tensor
-
-    @property
-    def bits_per_dim(self) -> Tensor:
-        """(B,) float64: bits per latent dimension."""
-        return -self.log_prob / (self.latent[0].numel() * math.log(2.0))
-
-
-@dataclass(frozen=True)
-class Score:
-    """How likely real frames are, averaged over K noise draws; (B,) float64 each.
-
-    log_prob: log-mean-exp over draws of the density of x~, nats. rate: mean over draws of -log_prob, nats a chunk.
-    bits_per_dim: ``rate`` in bits per latent dimension. action_gain: mean over draws, nats. noise_square: mean over
-    draws and dimensions of z^2 (1 in expectation for what the model knows).
-    noise: (B, C, h, w) mean over draws of z, what of it the chunk and not the added noise has caused.
-    log_prob_map: (B, h, w) nats a latent cell, mean over draws, summing to ``-rate``.
-    """
-
-    log_prob: Tensor
-    rate: Tensor
-    bits_per_dim: Tensor
-    action_gain: Tensor
-    noise_square: Tensor
-    noise: Tensor
-    log_prob_map: Tensor
-
-
-class WorldModel:
+class WorldModel(WorldParts):
     """A world: flow, codec, action encoder, heads, starts. Holds weights, no session; every method is pure."""
-
-    def __init__(
-        self,
-        spec: WorldSpec,
-        flow: Flow,
-        codec: Codec,
-        actions: ActionEncoder | None,
-        heads: Heads | None,
-        starts: Mapping[str, np.ndarray],
-        fingerprint: str = "",
-        prompts: Prompts | None = None,
-    ) -> None:
-        self.spec = spec
-        self.flow = flow
-        self.codec = codec
-        self.actions = actions
-        self.heads = heads
-        self.starts = starts
-        self.fingerprint = fingerprint
-        self.prompts = prompts
-
-    @classmethod
-    def load(
-        cls, name: str | Path, device: torch.device | str = "cpu", prompt_cache: Path | None = None
-    ) -> WorldModel:
-        """A world that ships with the package ("pendulum"), a world directory, or a published model.
-
-        A published model is "apple/starflow-v", or a directory with its ``.pth``; it is converted once, see
-        `worldmodel.published`.
-
-        ``prompt_cache``: a folder where encoded prompts are kept, for worlds that take some.
-
-        Raises:
-            CheckpointError: no such world, a corrupt or truncated one, weights that cannot be had, or too little memory.
-            ConfigError: an unknown or missing key.
-        """
-        path = obtain(name)
-        check_memory(read_spec(path), device)
-        files: WorldFiles = read_world(path)
-        flow, codec, actions, heads = files.build(device)
-        prompts = files.prompts(device, prompt_cache)
-        for part in (flow, codec, actions, heads):
-            if isinstance(part, nn.Module):
-                pack(part)
-        return cls(files.spec, flow, codec, actions, heads, files.starts, files.fingerprint, prompts)
-
-    def with_sampling(self, sampling: Sampling) -> WorldModel:
-        """The same world with another sampler of its own."""
-        return self._with(replace(self.spec, sampling=sampling))
-
-    def at(self, frame_size: tuple[int, int]) -> WorldModel:
-        """The same weights for frames of another size (height, width), without the bank and the heads.
-
-        Raises:
-            InputError: the codec has one frame size.
-        """
-        if frame_size == self.spec.frame_size:
-            return self
-        if not isinstance(self.codec, WanCodec):
-            raise InputError(f"this world's codec has one frame size, {self.spec.frame_size}")
-        codec = self.codec.at(frame_size)
-        spec = replace(self.spec, frame_size=frame_size, codec=codec.config, heads=None, bank=False)
-        other = self._with(spec)
-        other.codec, other.heads, other.starts = codec, None, {}
-        other.prompts = None if self.prompts is None else self.prompts.at(frame_size)
-        return other
-
-    def _with(self, spec: WorldSpec) -> WorldModel:
-        parts = self.flow, self.codec, self.actions, self.heads, self.starts, self.fingerprint
-        return WorldModel(spec, *parts, self.prompts)
-
-    def with_fast_decoder(self, path: str | Path) -> WorldModel:
-        """The same world, its frames decoded by the small decoder in a ``taew2_2`` file; for worlds with Wan2.2's codec.
-
-        Raises:
-            InputError: another codec. CheckpointError: a file that is missing, damaged or not such a decoder.
-        """
-        if not isinstance(self.codec, WanCodec):
-            raise InputError(
-                f"{self.spec.name} has a codec of its own; a fast decoder is for Wan2.2's latents"
-            )
-        codec = self.codec.with_fast_decoder(load_fast_decoder(Path(path), self.codec.latent_channels))
-        other = self._with(self.spec)
-        other.codec = codec
-        return other
-
-    # ---- geometry ---------------------------------------------------------------------------------------------------
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.flow.deep.sos.device
-
-    @cached_property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of a latent frame."""
-        (height, width), stride = self.spec.frame_size, self.codec.spatial_stride
-        return self.codec.latent_channels, height // stride, width // stride
-
-    @cached_property
-    def grid(self) -> tuple[int, int]:
-        """Tokens (h, w) of a latent frame."""
-        return self.flow.grid(self.latent_shape[1:])
-
-    @property
-    def chunk_frames(self) -> int:
-        """F, pixel frames of a chunk."""
-        return self.codec.temporal_stride
-
-    @property
-    def first_frames(self) -> int:
-        """Pixel frames of a session's first chunk: F, or 1 where the codec begins with a picture."""
-        return self.codec.first_frames
-
-    @property
-    def frames_shape(self) -> tuple[int, int, int, int]:
-        """(F, height, width, 3) of a chunk; a session's first one has `first_frames` in place of F."""
-        return (self.chunk_frames, *self.spec.frame_size, 3)
-
-    def next_frames(self, state: WorldState) -> int:
-        """Pixel frames that the next chunk of these sessions has.
-
-        Raises:
-            InputError: some sessions have begun and some have not, and their chunks differ in length.
-        """
-        begun = self.codec.begun(state.codec)
-        if begun is None:
-            return self.chunk_frames
-        if bool(begun.any()) and not bool(begun.all()):
-            raise InputError(
-                f"some sessions are before their first chunk ({self.first_frames} frames) and some after it "
-                f"({self.chunk_frames}); select() them apart, and concat them when all have begun"
-            )
-        return self.chunk_frames if bool(begun.all()) else self.first_frames
-
-    def chunks_of(self, clip: np.ndarray | Tensor) -> list[Any]:
-        """A clip (B, n, height, width, 3) that a session begins with, cut into chunks.
-
-        Raises:
-            InputError: n is not ``first_frames + k F``.
-        """
-        rest = clip.shape[1] - self.first_frames
-        if rest < 0 or rest % self.chunk_frames:
-            raise InputError(
-                f"a clip of {clip.shape[1]} frames, expected {self.first_frames} + {self.chunk_frames} k"
-            )
-        ends = range(self.first_frames, clip.shape[1] + 1, self.chunk_frames)
-        return [clip[:, max(0, end - self.chunk_frames) if i else 0 : end] for i, end in enumerate(ends)]
 
     # ---- sessions -----------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -257,7 +50,9 @@ class WorldModel:
             InputError: prompts in a world that takes none, or not one for each seed.
         """
         rows, config = len(seeds), self.flow.config
-        captions, text, uncond = self._captions(prompts, rows)
+        captions, text, uncond = conditions(
+            self.prompts, prompts, rows, self.spec.sampling.guidance > 0, self.device
+        )
         reach = min(config.window, self.flow.denoiser.reach)
         tokens, dim = self.grid[0] * self.grid[1], config.token_dim
         codec = self.codec.initial_state(rows)
@@ -274,19 +69,6 @@ class WorldModel:
             torch.zeros(rows, dtype=torch.float64),
             captions,
         )
-
-    def _captions(
-        self, prompts: Sequence[str] | None, rows: int
-    ) -> tuple[tuple[str, ...] | None, Tensor | None, Tensor | None]:
-        """Captions of new sessions, their condition tokens, and those of the empty prompt where it is kept up."""
-        if self.prompts is None:
-            if prompts is not None:
-                raise InputError("this world takes no prompts; leave them out")
-            return None, None, None
-        captions = check_captions(prompts, rows)
-        text = self.prompts(captions).to(self.device)
-        guided = self.spec.sampling.guidance > 0
-        return captions, text, self.prompts([""] * rows).to(text) if guided else None
 
     def begin_clip(self, state: WorldState) -> WorldState:
         """The same sessions at the first frame of another clip: the flow's past stays, the codec begins anew.
@@ -330,48 +112,32 @@ class WorldModel:
         Raises:
             InputError: an index outside the bank.
         """
-        if "frames" not in self.starts:
-            raise InputError(
-                "this world has no bank of clips; observe a picture or a clip, or begin from nothing"
-            )
-        bank = self.starts["frames"]
-        if starts is None:
-            starts = [int(np.random.default_rng(int(s)).integers(len(bank))) for s in seed_tensor(seeds)]
-        if len(starts) != len(seeds) or any(not 0 <= int(i) < len(bank) for i in starts):
-            raise InputError(
-                f"starts {list(starts)}: expected {len(seeds)} indices into a bank of {len(bank)}"
-            )
-        index = np.asarray(starts, dtype=np.int64)
+        index = bank_index(self.starts, seeds, starts)
         actions = self.with_prompts(self.start_actions(index), prompts)
-        return self.observe_clip(self.initial_state(seeds, prompts), bank[index], actions)
+        return self.observe_clip(self.initial_state(seeds, prompts), self.starts["frames"][index], actions)
 
     @property
     def start_chunks(self) -> int:
         """Chunks of a clip of the bank, 1 for a world without one."""
-        if "frames" not in self.starts:
-            return 1
-        bank = self.starts["frames"]
-        return (
-            bank.shape[1] if bank.ndim == 6 else 1 + (bank.shape[1] - self.first_frames) // self.chunk_frames
-        )
+        return bank_chunks(self.starts, self.first_frames, self.chunk_frames)
 
     def start_actions(self, index: np.ndarray) -> Any:
         """Actions (B, T, ...) of clips of the bank, or None for a world without actions."""
         if self.actions is None and self.prompts is None:
             return None
-        if "actions" in self.starts:
-            return self.starts["actions"][index]
-        named = {k.removeprefix("actions/"): v for k, v in self.starts.items() if k.startswith("actions/")}
-        return {k: v[index] for k, v in named.items()} or None
+        return bank_actions(self.starts, index)
 
     def with_prompts(self, actions: Any, prompts: Sequence[str] | None) -> Any:
         """Actions (B, T, ...) with the captions (B,) as their prompts; as they are where there are none."""
-        key = prompt_key(self.spec.action_space)
-        if prompts is None or key is None or actions is None:
-            return actions
-        if not key:
-            return None  # the sessions' own captions
-        return {**actions, key: np.repeat(np.asarray(prompts)[:, None], np.shape(actions[key])[1], axis=1)}
+        return captioned(actions, prompt_key(self.spec.action_space), prompts)
+
+    def chunks_of(self, clip: np.ndarray | Tensor) -> list[Any]:
+        """A clip (B, n, height, width, 3) that a session begins with, cut into chunks.
+
+        Raises:
+            InputError: n is not ``first_frames + k F``.
+        """
+        return chunks_of(clip, self.first_frames, self.chunk_frames)
 
     def observe_clip(
         self, state: WorldState, frames: np.ndarray | Tensor, actions: Any
@@ -383,7 +149,7 @@ class WorldModel:
         parts = self.chunks_of(frames) if frames.ndim == 5 else [frames[:, t] for t in range(frames.shape[1])]
         chunks = []
         for t, part in enumerate(parts):
-            state, chunk = self.observe(state, part, _at(actions, t))
+            state, chunk = self.observe(state, part, actions_at(actions, t))
             chunks.append(chunk)
         return state, chunks
 
@@ -434,7 +200,7 @@ class WorldModel:
         after, chunk = self._advance(
             state, context, made.context, made.x, made.u, made.log_det, made.terms, features
         )
-        latent = self.flow.latents(self._clean(after), self.grid)[:, 0]
+        latent = self.flow.latents(clean_frame(self.flow, self.grid, after), self.grid)[:, 0]
         codec = state.codec
         frames = torch.empty(state.rows, 0, *self.spec.frame_size, 3, dtype=torch.uint8)
         if decode:
@@ -514,17 +280,7 @@ class WorldModel:
             _, chunk = self._commit(state, reserved, x, features)
             self.flow.deep.release(reserved)
             results.append(chunk)
-        log_prob = torch.stack([c.log_prob for c in results])
-        rate = -log_prob.mean(0)
-        return Score(
-            torch.logsumexp(log_prob, 0) - math.log(draws),
-            rate,
-            rate / (math.prod(self.latent_shape) * math.log(2.0)),
-            torch.stack([c.action_gain for c in results]).mean(0),
-            torch.stack([c.noise.double().square().mean((1, 2, 3)).cpu() for c in results]).mean(0),
-            torch.stack([c.noise for c in results]).mean(0),
-            torch.stack([c.log_prob_map for c in results]).mean(0),
-        )
+        return Score.over(results)
 
     def infer_noise(self, state: WorldState, frames: np.ndarray | Tensor, action: Any = None) -> Tensor:
         """The noise (B, C, h, w) under which `step` from this state would have imagined this chunk's noisy latent."""
@@ -537,7 +293,7 @@ class WorldModel:
         horizon = np.shape(next(iter(actions.values())) if isinstance(actions, Mapping) else actions)[1]
         chunks = []
         for t in range(horizon):
-            state, chunk = self.step(state, _at(actions, t), sampling, decode=decode)
+            state, chunk = self.step(state, actions_at(actions, t), sampling, decode=decode)
             chunks.append(chunk)
         return state, chunks
 
@@ -606,41 +362,12 @@ class WorldModel:
             return state
         return replace(state, context=with_unconditional(self.flow, self.prompts, state.context))
 
-    def _clean(self, state: WorldState) -> Tensor:
-        """The newest frame's tokens (B, 1, N, D) without noise.
-
-        Where sessions of unlike lengths have prompts they are denoised apart: the distance between the condition and a
-        frame counts, and must not depend on who shares the batch.
-        """
-        steps, text = state.steps.clamp(max=state.noisy.shape[1]), state.context.text
-        features, device = state.context.features, self.device
-
-        def denoise(rows: Tensor) -> Tensor:
-            here, counts = rows.to(device), steps[rows]
-            back = int(counts.max())
-            valid = torch.arange(back)[None] >= back - counts[:, None]
-            return self.flow.denoise(
-                state.noisy[here, -back:],
-                self.grid,
-                None if text is None else text[here],
-                None if features is None else features[here, -back:],
-                None if bool(valid.all()) else valid.to(device),
-            )[:, -1:]
-
-        if text is None:
-            return denoise(torch.arange(state.rows))
-        clean = torch.empty_like(state.noisy[:, -1:])
-        for length in sorted(set(steps.tolist())):
-            rows = torch.nonzero(steps == length)[:, 0]
-            clean[rows.to(device)] = denoise(rows)
-        return clean
-
     def _room(
         self, state: WorldState, sampling: Sampling, reserve: bool = True, look_ahead: bool = True
     ) -> Context:
         keep = self.flow.config.context if sampling.context == "reencode" else None
         context = state.context if self.prompts is None else continued(self.prompts, state)
-        context = self.flow.deep.make_room(context, keep, look_ahead)
+        context = make_room(self.flow.deep, context, keep, look_ahead)
         return self.flow.deep.reserve(context) if reserve else context
 
     def _commit(
@@ -708,10 +435,3 @@ class WorldModel:
             ),
             chunk,
         )
-
-
-def _at(actions: Any, t: int) -> Any:
-    """Actions of chunk t, from (B, T, ...), a dict of such arrays, or None."""
-    if isinstance(actions, Mapping):
-        return {k: v[:, t] for k, v in actions.items()}
-    return None if actions is None else actions[:, t]

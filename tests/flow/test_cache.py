@@ -13,7 +13,7 @@ from tests.flow.helpers import GRID, draw, flow64
 from tests.toy import toy_flow
 from worldmodel.flow.affine import Affine
 from worldmodel.flow.cache import Cohort, KVCache, Page, Segment
-from worldmodel.flow.deep import Context
+from worldmodel.flow.context import Context
 from worldmodel.flow.flow import Flow
 from worldmodel.flow.rope import Rotary, frame_rotary, rotate
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from tests.flow.helpers import GRID, draw, flow64, jacobian
 from worldmodel.flow.affine import standard_normal_log_prob
-from worldmodel.flow.deep import Context
+from worldmodel.flow.context import Context
 from worldmodel.flow.flow import Flow
+from worldmodel.flow.window import make_room
 
 TOKENS, DIM, FRAMES, WEIGHT = 4, 2, 3, 2.5
 FLOW = flow64(seed=9)
@@ -114,7 +115,7 @@ def test_prompted_sessions_stream_as_they_sample(weight: float, keep: int | None
     u = []
     for t in range(9):
         action = FEATURES[:, t : t + 1]
-        context = TEXT_FLOW.deep.reserve(TEXT_FLOW.deep.make_room(context, keep))
+        context = TEXT_FLOW.deep.reserve(make_room(TEXT_FLOW.deep, context, keep))
         solved = TEXT_FLOW.deep.solve(context, noise[:, t], action, weight, 0.0).v[:, None]
         context, terms = TEXT_FLOW.deep.commit(context, solved, action, weight)
         back = (terms.guided if weight else terms.model).forward(solved)
@@ -138,7 +139,7 @@ def test_the_prompt_matters_and_is_read_causally() -> None:
     changed = TEXT.clone()
     changed[:, 2] += 1.0
     t = TEXT_FLOW.deep.transformer
-    begun = [TEXT_FLOW.deep._begin(2, text, 0, 0).cohorts[0].segments[0].kv for text in (TEXT, changed)]
+    begun = [TEXT_FLOW.deep.begin(2, text, 0, 0).cohorts[0].segments[0].kv for text in (TEXT, changed)]
     assert torch.equal(begun[0][..., :2, :], begun[1][..., :2, :])  # prompt token j sees tokens <= j
     assert not torch.equal(begun[0][len(t.layers) - 1][..., 2, :], begun[1][len(t.layers) - 1][..., 2, :])
 

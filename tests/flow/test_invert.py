@@ -10,7 +10,7 @@ from tests.flow.helpers import GRID, draw, flow64
 from tests.toy import toy_flow
 from worldmodel.flow import flow as flow_module
 from worldmodel.flow.attention import stream_mask
-from worldmodel.flow.deep import Context
+from worldmodel.flow.context import Context
 from worldmodel.flow.flow import Flow, Imagined
 
 TOKENS, DIM = 4, 2

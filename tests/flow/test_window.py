@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tests.flow.helpers import GRID, draw, flow64
 from worldmodel.flow.affine import Affine, affine_from_head
-from worldmodel.flow.deep import Context
+from worldmodel.flow.context import Context
 from worldmodel.flow.flow import Flow
 from worldmodel.flow.rope import concat_rotary, frame_rotary, text_rotary
+from worldmodel.flow.window import make_room
 
 TOKENS, DIM, WINDOW, KEEP, ROWS = 4, 2, 4, 2, 2
 FLOW = flow64(seed=6, window=WINDOW, context=KEEP)
@@ -43,7 +44,7 @@ def stream(
     context = flow.deep.start(len(u), GRID, window, text, UNCOND if text is not None else None, features=3)
     terms = []
     for t in range(u.shape[1]):
-        context = flow.deep.reserve(flow.deep.make_room(context, keep))
+        context = flow.deep.reserve(make_room(flow.deep, context, keep))
         context, committed = flow.deep.commit(context, u[:, t : t + 1], features[:, t : t + 1])
         terms.append(committed.model)
     return context, terms
@@ -89,7 +90,7 @@ def test_reencode_equals_a_fresh_session_on_the_last_frames(text: Tensor | None)
     flow = FLOW if text is None else TEXT_FLOW
     u, features = frames(WINDOW + 1)
     old, _ = stream(flow, u[:, :WINDOW], features[:, :WINDOW], KEEP, text)
-    again = flow.deep.make_room(old, KEEP)
+    again = make_room(flow.deep, old, KEEP)
     last = slice(WINDOW - KEEP, WINDOW)
     fresh, _ = stream(flow, u[:, last], features[:, last], KEEP, text)
     assert again.frames == fresh.frames == [KEEP] * ROWS
@@ -140,9 +141,9 @@ def test_rolling_re_anchors_the_prompt() -> None:
         stored = torch.cat([s.kv for s in cohort.segments], dim=-2)
         assert stored.shape[-2] == 3 + WINDOW * TOKENS
         t = TEXT_FLOW.deep.transformer
-        begun = TEXT_FLOW.deep._begin(ROWS, text, gone, 0)
+        begun = TEXT_FLOW.deep.begin(ROWS, text, gone, 0)
         assert torch.equal(stored[..., :3, :], begun.cohorts[0].segments[0].kv)
-        at_zero = TEXT_FLOW.deep._begin(ROWS, text, 0, 0).cohorts[0].segments[0].kv
+        at_zero = TEXT_FLOW.deep.begin(ROWS, text, 0, 0).cohorts[0].segments[0].kv
         assert (stored[:, 0, ..., :3, :] - at_zero[:, 0]).abs().max() > 1e-3
         assert len(t.layers) == 2
 
@@ -183,16 +184,16 @@ def test_ragged_batches_make_room_row_by_row(keep: int | None, text: Tensor | No
         given = (None, None) if text is None else (prompt, other)
         context = flow.deep.start(1, GRID, WINDOW, *given, features=3)
         for t in range(count):
-            context = flow.deep.reserve(flow.deep.make_room(context, keep))
+            context = flow.deep.reserve(make_room(flow.deep, context, keep))
             context, _ = flow.deep.commit(context, u[one, t : t + 1], features[one, t : t + 1])
         return context
 
     parts = [session(count) for count in (4, 1, 6, 0, 4)]
-    ragged = flow.deep.reserve(flow.deep.make_room(Context.concat(parts), keep))
+    ragged = flow.deep.reserve(make_room(flow.deep, Context.concat(parts), keep))
     new, action = u[one, 7:8].expand(5, -1, -1, -1), features[one, 7:8].expand(5, -1, -1)
     after, terms = flow.deep.commit(ragged, new, action, guidance=1.5 if text is not None else 0.0)
     for i, part in enumerate(parts):
-        alone = flow.deep.reserve(flow.deep.make_room(part, keep))
+        alone = flow.deep.reserve(make_room(flow.deep, part, keep))
         solo, expected = flow.deep.commit(
             alone, new[:1], action[:1], guidance=1.5 if text is not None else 0.0
         )
@@ -209,7 +210,7 @@ def test_a_window_of_one_frame_remembers_no_keys(keep: int | None) -> None:
     u, features = frames(4, rows=1)
     context = flow.deep.start(1, GRID, 1, features=3)
     for t in range(4):
-        context = flow.deep.reserve(flow.deep.make_room(context, keep))
+        context = flow.deep.reserve(make_room(flow.deep, context, keep))
         assert context.frames == [0]
         context, terms = flow.deep.commit(context, u[:, t : t + 1], features[:, t : t + 1])
         assert context.frames == [1]
@@ -273,7 +274,7 @@ def test_steps_share_the_next_window_evenly(
     # and the maps are those of sessions that encode all at once
     context = flow.deep.start(ROWS, GRID, 8, text, UNCOND if text is not None else None, features=3)
     for t in range(40):
-        context = flow.deep.reserve(flow.deep.make_room(context, keep, look_ahead=False))
+        context = flow.deep.reserve(make_room(flow.deep, context, keep, look_ahead=False))
         context, committed = flow.deep.commit(context, u[:, t : t + 1], features[:, t : t + 1])
         assert difference(terms[t], committed.model) < 1e-12
 
@@ -288,9 +289,9 @@ def test_the_next_window_is_forked_selected_and_joined_with_its_session(rows: li
         parts.append(stream(FLOW, u[one, :length], features[one, :length], KEEP)[0])
         assert parts[-1].ahead is not None
     batch = Context.concat(parts).fork(2).select([0, 2]).select(rows)
-    made = FLOW.deep.make_room(batch, KEEP)
+    made = make_room(FLOW.deep, batch, KEEP)
     for slot, row in enumerate(rows):
-        plain = FLOW.deep.make_room(replace(parts[row], ahead=None), KEEP, look_ahead=False)
+        plain = make_room(FLOW.deep, replace(parts[row], ahead=None), KEEP, look_ahead=False)
         mine = made.select([slot])
         assert mine.frames == plain.frames
         caches = (
@@ -305,12 +306,12 @@ def test_another_rule_or_length_of_context_begins_the_next_window_again() -> Non
     u, features = frames(WINDOW)
     context, _ = stream(FLOW, u, features, KEEP)
     for keep in (1, 3):
-        again = FLOW.deep.make_room(context, keep)
-        fresh = FLOW.deep.make_room(replace(context, ahead=None), keep)
+        again = make_room(FLOW.deep, context, keep)
+        fresh = make_room(FLOW.deep, replace(context, ahead=None), keep)
         assert again.frames == fresh.frames == [keep] * ROWS
         a, b = (torch.cat([s.kv for s in c.cache.cohorts[0].segments], dim=-2) for c in (again, fresh))
         assert (a - b).abs().max() < 1e-12
-    rolled = FLOW.deep.make_room(context, None)
+    rolled = make_room(FLOW.deep, context, None)
     assert rolled.ahead is None and rolled.frames == [WINDOW - 1] * ROWS
-    back = FLOW.deep.make_room(replace(rolled, u=context.u), KEEP)  # positions have moved; nothing is shared
+    back = make_room(FLOW.deep, replace(rolled, u=context.u), KEEP)  # positions have moved; nothing is shared
     assert back.frames == [WINDOW - 1] * ROWS

@@ -3,23 +3,23 @@
 Ways through it, one set of weights: a whole clip in one pass (training, density); with the past in the K/V cache, a
 frame of few tokens inverted one by one, whose K/V are then exact as they stand (`invert`), or a frame of many tokens
 solved by Jacobi (`solve`) followed by one causal pass over the accepted tokens that writes exact K/V (`commit`).
-`Context` is everything the block remembers, as a frozen record.
+`Context` is everything the block remembers; what happens when its window is full is in `window.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from worldmodel.errors import InputError
 from worldmodel.flow.affine import Affine, affine_from_head, guide
 from worldmodel.flow.attention import Room, plan_run
 from worldmodel.flow.block import Block
 from worldmodel.flow.cache import Cohort, KVCache
+from worldmodel.flow.context import Context
 from worldmodel.flow.jacobi import Solution, jacobi, sequential
 from worldmodel.flow.rope import (
     Rotary,
@@ -29,128 +29,6 @@ from worldmodel.flow.rope import (
     text_rotary,
     turns,
 )
-
-AHEAD = 2
-"""Least number of the next window's frames that are encoded at a time: one by one they would cost more passes."""
-
-
-def _inverse(order: Sequence[int]) -> list[int]:
-    """Where each row is to be found in a batch of rows in this order."""
-    return sorted(range(len(order)), key=order.__getitem__)
-
-
-def repeat_rows(x: Tensor, n: int) -> Tensor:
-    """Each row becomes n consecutive rows; a single row is expanded without a copy."""
-    return x.expand(n, *x.shape[1:]) if x.shape[0] == 1 else x.repeat_interleave(n, dim=0)
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the deep block remembers of a batch of sequences (B rows).
-
-    cache, uncond: K/V under the condition, and under the empty prompt (only where prompts are guided).
-    u: (B, W, N, D) the last W = window deep-block inputs, raster order, right-aligned (older ones are zero).
-    features: (B, W, E) action features of the same frames, or None. text, uncond_text: (B, L, text_dim) or None.
-    grid: tokens (h, w) of a frame. ahead: the next window's context, so far as its frames are known: built a little at a
-    time, so that no step has to encode it at once (None until it is begun, and where windows roll); ahead_from: which
-    frame of this window, when full, is the next one's first.
-    """
-
-    grid: tuple[int, int]
-    cache: KVCache
-    uncond: KVCache | None
-    u: Tensor
-    features: Tensor | None
-    text: Tensor | None
-    uncond_text: Tensor | None
-    ahead: Context | None = None
-    ahead_from: int = 0
-
-    @property
-    def frames(self) -> list[int]:
-        """Latent frames of context, per row."""
-        return self.cache.frames
-
-    @property
-    def window(self) -> int:
-        """W, the most latent frames of context."""
-        return self.u.shape[1]
-
-    def fork(self, n: int) -> Context:
-        """Each row becomes n consecutive rows; the past is shared."""
-
-        def again(x: Tensor | None) -> Tensor | None:
-            return None if x is None else repeat_rows(x, n)
-
-        return Context(
-            self.grid,
-            self.cache.fork(n),
-            None if self.uncond is None else self.uncond.fork(n),
-            repeat_rows(self.u, n),
-            again(self.features),
-            again(self.text),
-            again(self.uncond_text),
-            None if self.ahead is None else self.ahead.fork(n),
-            self.ahead_from,
-        )
-
-    def select(self, rows: Sequence[int]) -> Context:
-        """The given rows, in that order."""
-        index = torch.tensor(list(rows), dtype=torch.long, device=self.u.device)
-
-        def pick(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[index]
-
-        return Context(
-            self.grid,
-            self.cache.select(rows),
-            None if self.uncond is None else self.uncond.select(rows),
-            self.u[index],
-            pick(self.features),
-            pick(self.text),
-            pick(self.uncond_text),
-            None if self.ahead is None else self.ahead.select(rows),
-            self.ahead_from,
-        )
-
-    def gathered(self) -> Context:
-        """The same sequences with K/V of their own; see `KVCache.gathered`."""
-        room = (2 * self.window + 1) * self.u.shape[2]
-        uncond = None if self.uncond is None else self.uncond.gathered(room)
-        return replace(self, cache=self.cache.gathered(room), uncond=uncond)
-
-    @staticmethod
-    def concat(parts: Sequence[Context]) -> Context:
-        """Batches one after the other.
-
-        Raises:
-            InputError: some have a past under the empty prompt and some have none.
-        """
-        if len(parts) == 1:
-            return parts[0]
-        if len({p.uncond is None for p in parts}) > 1:
-            raise InputError(
-                "some of these sessions keep a past under the empty prompt, as guidance needs, and some do not; "
-                "begin all of them in a world with guidance, or step the others with guidance once"
-            )
-
-        def join(name: str) -> Tensor | None:
-            values = [getattr(p, name) for p in parts]
-            return None if values[0] is None else torch.cat(values)
-
-        unconds = [p.uncond for p in parts if p.uncond is not None]
-        aheads = [p.ahead for p in parts if p.ahead is not None and p.ahead_from == parts[0].ahead_from]
-        return Context(
-            parts[0].grid,
-            KVCache.concat(p.cache for p in parts),
-            KVCache.concat(unconds) if unconds else None,
-            torch.cat([p.u for p in parts]),
-            join("features"),
-            join("text"),
-            join("uncond_text"),
-            Context.concat(aheads) if len(aheads) == len(parts) else None,
-            parts[0].ahead_from,
-        )
 
 
 def _spread(features: Tensor | None, tokens: int) -> Tensor | None:
@@ -227,15 +105,18 @@ class DeepBlock(Block):
         new_zeros = self.sos.to(torch.promote_types(self.sos.dtype, torch.float32)).new_zeros
         return Context(
             grid,
-            self._begin(rows, text, 0, room),
-            None if uncond_text is None else self._begin(rows, uncond_text, 0, room),
+            self.begin(rows, text, 0, room),
+            None if uncond_text is None else self.begin(rows, uncond_text, 0, room),
             new_zeros(rows, window, tokens, self.sos.shape[-1]),
             new_zeros(rows, window, features) if features else None,
             text,
             uncond_text,
         )
 
-    def _begin(self, rows: int, text: Tensor | None, first: int, room: int) -> KVCache:
+    def begin(self, rows: int, text: Tensor | None, first: int, room: int) -> KVCache:
+        """K/V of ``rows`` sequences without frames: condition tokens (B, L, text_dim) at positions that end before
+        frame ``first``, and free slots for ``room`` tokens.
+        """
         cohort = Cohort(rows, 0, first, ())
         if text is None:
             return KVCache((cohort,))
@@ -455,128 +336,3 @@ class DeepBlock(Block):
             u=torch.cat((context.u, u), dim=1)[:, -context.window :],
             features=history,
         )
-
-    # ---- the window -----------------------------------------------------------------------------------------------
-    def make_room(self, context: Context, keep: int | None, look_ahead: bool = True) -> Context:
-        """A context in which every row has room for one more frame.
-
-        ``keep`` frames (at most ``window - 1``): a full row restarts from its last ``keep`` u with positions from 0
-        (STARFlow-V's rule for long videos). Their K/V are made ready a few frames at a time as they become known, or at
-        once if ``look_ahead`` is False or there is a condition, which may change any time. ``None``: rolling, the oldest
-        frame is evicted and the others keep their K/V.
-        """
-        full = [f >= context.window for f in context.frames]
-        if keep is None:
-            return self._roll(replace(context, ahead=None)) if any(full) else context
-        keep = min(keep, context.window - 1)
-        if context.text is not None:
-            return self._restarted(context, keep) if any(full) else context
-        if not look_ahead and not any(full):
-            return context
-        begin = context.window - keep
-        context = replace(context, ahead=self._look_ahead(context, begin), ahead_from=begin)
-        assert context.ahead is not None
-        if not any(full):
-            return context
-        if all(full):
-            return context.ahead
-        some = [row for row, is_full in enumerate(full) if is_full]
-        others = [row for row, is_full in enumerate(full) if not is_full]
-        restarted = context.ahead.select(some)
-        restarted = replace(restarted, ahead=self._fresh(restarted), ahead_from=begin)
-        return Context.concat((restarted, context.select(others))).select(_inverse([*some, *others]))
-
-    def _restarted(self, context: Context, keep: int) -> Context:
-        """Rows whose window is full restart from their last ``keep`` u; the others are as they were."""
-        if all(f >= context.window for f in context.frames):
-            return self.reencode(context, keep)
-        parts, row = [], 0
-        for cohort in context.cache.cohorts:
-            part = context.select(range(row, row + cohort.rows))
-            parts.append(self.reencode(part, keep) if cohort.frames >= context.window else part)
-            row += cohort.rows
-        return Context.concat(parts)
-
-    def reencode(self, context: Context, keep: int) -> Context:
-        """The context of the last ``keep`` u (every row has as many) under its condition as it is, positions from 0."""
-        history = context.features
-        fresh = self.start(
-            len(context.u),
-            context.grid,
-            context.window,
-            context.text,
-            context.uncond_text,
-            0 if history is None else history.shape[-1],
-        )
-        if keep:
-            features = None if history is None else history[:, -keep:]
-            fresh, _ = self.commit(self.reserve(fresh, keep), context.u[:, -keep:], features)
-        return replace(fresh, u=context.u, features=history)
-
-    def _look_ahead(self, context: Context, begin: int) -> Context:
-        """The next window's context, with so many of its frames (this window's from ``begin`` on) that steady steps
-        complete it when this one is full: at most ``keep / begin`` a step, rounded up, or `AHEAD` where that is less.
-        """
-        window, keep = context.window, context.window - begin
-        ahead = context.ahead
-        if ahead is None or context.ahead_from != begin:
-            ahead = self._fresh(context)
-        ahead = replace(ahead, u=context.u, features=context.features)
-        groups: dict[tuple[int, int, int], list[int]] = {}
-        for row, (f, has) in enumerate(zip(context.frames, ahead.frames, strict=True)):
-            due = max(0, min(f - begin, -(-keep * (f - keep) // begin)))
-            missing = due - has if due - has >= AHEAD or f >= window else 0
-            groups.setdefault((f, has, missing) if missing else (0, 0, 0), []).append(row)
-        if list(groups) == [(0, 0, 0)]:
-            return ahead
-        parts = []
-        for (f, has, missing), rows in groups.items():
-            part = ahead if len(groups) == 1 else ahead.select(rows)
-            parts.append(self._appended(part, window - f + begin + has, missing) if missing else part)
-        return Context.concat(parts).select(_inverse([row for rows in groups.values() for row in rows]))
-
-    def _appended(self, ahead: Context, start: int, frames: int) -> Context:
-        """The context after ``frames`` of its own remembered u, from number ``start`` on, whose K/V it lacks."""
-        history, stop = ahead.features, start + frames
-        before = replace(
-            ahead, u=ahead.u[:, :start], features=None if history is None else history[:, :start]
-        )
-        known = None if history is None else history[:, start:stop]
-        after, _ = self.commit(self.reserve(before, frames), ahead.u[:, start:stop], known)
-        return replace(after, u=ahead.u, features=history)
-
-    def _fresh(self, context: Context) -> Context:
-        """A context without frames for the same sessions; condition tokens at their first place are shared."""
-
-        def begin(cache: KVCache) -> KVCache:
-            cohorts = []
-            for c in cache.cohorts:
-                head = c.segments[:1] if c.prefix else ()
-                segments = tuple(replace(s, stop=s.start + c.prefix) for s in head)
-                cohorts.append(Cohort(c.rows, 0, 0, segments, c.prefix))
-            return KVCache(tuple(cohorts))
-
-        if any(c.first for c in context.cache.cohorts):  # rolled: the condition's place has moved
-            width = 0 if context.features is None else context.features.shape[-1]
-            grid, window = context.grid, context.window
-            return self.start(len(context.u), grid, window, context.text, context.uncond_text, width)
-        uncond = None if context.uncond is None else begin(context.uncond)
-        return replace(context, cache=begin(context.cache), uncond=uncond, ahead=None, ahead_from=0)
-
-    def _roll(self, context: Context) -> Context:
-        def roll(cache: KVCache, text: Tensor | None) -> KVCache:
-            cohorts, row = [], 0
-            for c in cache.cohorts:
-                if c.frames >= context.window:
-                    prefix = None
-                    if c.prefix and text is not None:
-                        begun = self._begin(c.rows, text[row : row + c.rows], c.first + 1, 0)
-                        prefix = begun.cohorts[0].segments[0].kv
-                    cohorts.append(c.evict(1, context.u.shape[2], prefix))
-                else:
-                    cohorts.append(c)
-                row += c.rows
-            return KVCache(tuple(cohorts))
-
-        uncond = None if context.uncond is None else roll(context.uncond, context.uncond_text)
-        return replace(context, cache=roll(context.cache, context.text), uncond=uncond)

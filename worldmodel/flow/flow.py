@@ -20,10 +20,12 @@ from worldmodel.errors import ConfigError, InputError
 from worldmodel.files import require_at_least
 from worldmodel.flow.affine import Affine, standard_normal_log_prob
 from worldmodel.flow.block import Block, Transformer
-from worldmodel.flow.deep import Committed, Context, DeepBlock
+from worldmodel.flow.context import Context
+from worldmodel.flow.deep import Committed, DeepBlock
 from worldmodel.flow.denoiser import SCORE_SCALE, Denoiser
 from worldmodel.flow.jacobi import jacobi, sequential
 from worldmodel.flow.order import flips, patchify, unpatchify
+from worldmodel.flow.window import make_room
 
 
 @dataclass(frozen=True)
@@ -299,7 +301,7 @@ class Flow(nn.Module):
         )
         frames = []
         for t in range(noise.shape[1]):
-            state = self.deep.reserve(self.deep.make_room(state, keep))
+            state = self.deep.reserve(make_room(self.deep, state, keep))
             action = None if features is None else features[:, t : t + 1]
             if given is not None and t < given.shape[1]:
                 u, _ = self.shallow_forward(given[:, t : t + 1], grid)

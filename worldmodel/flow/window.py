@@ -1,0 +1,153 @@
+"""The window of remembered frames: what happens to a `Context` when it is full.
+
+A full row restarts from its last frames, for which the next window is made ready ahead of time, or rolls. Functions of
+the deep block, whose weights write K/V, and a context; they return another context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from worldmodel.flow.cache import Cohort, KVCache
+from worldmodel.flow.context import Context
+from worldmodel.flow.deep import DeepBlock
+
+AHEAD = 2
+"""Least number of the next window's frames that are encoded at a time: one by one they would cost more passes."""
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    """Where each row is to be found in a batch of rows in this order."""
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def make_room(deep: DeepBlock, context: Context, keep: int | None, look_ahead: bool = True) -> Context:
+    """A context in which every row has room for one more frame.
+
+    ``keep`` frames (at most ``window - 1``): a full row restarts from its last ``keep`` u with positions from 0
+    (STARFlow-V's rule for long videos). Their K/V are made ready a few frames at a time as they become known, or at
+    once if ``look_ahead`` is False or there is a condition, which may change any time. ``None``: rolling, the oldest
+    frame is evicted and the others keep their K/V.
+    """
+    full = [f >= context.window for f in context.frames]
+    if keep is None:
+        return _roll(deep, replace(context, ahead=None)) if any(full) else context
+    keep = min(keep, context.window - 1)
+    if context.text is not None:
+        return _restarted(deep, context, keep) if any(full) else context
+    if not look_ahead and not any(full):
+        return context
+    begin = context.window - keep
+    context = replace(context, ahead=_look_ahead(deep, context, begin), ahead_from=begin)
+    assert context.ahead is not None
+    if not any(full):
+        return context
+    if all(full):
+        return context.ahead
+    some = [row for row, is_full in enumerate(full) if is_full]
+    others = [row for row, is_full in enumerate(full) if not is_full]
+    restarted = context.ahead.select(some)
+    restarted = replace(restarted, ahead=_fresh(deep, restarted), ahead_from=begin)
+    return Context.concat((restarted, context.select(others))).select(_inverse([*some, *others]))
+
+
+def _restarted(deep: DeepBlock, context: Context, keep: int) -> Context:
+    """Rows whose window is full restart from their last ``keep`` u; the others are as they were."""
+    if all(f >= context.window for f in context.frames):
+        return reencode(deep, context, keep)
+    parts, row = [], 0
+    for cohort in context.cache.cohorts:
+        part = context.select(range(row, row + cohort.rows))
+        parts.append(reencode(deep, part, keep) if cohort.frames >= context.window else part)
+        row += cohort.rows
+    return Context.concat(parts)
+
+
+def reencode(deep: DeepBlock, context: Context, keep: int) -> Context:
+    """The context of the last ``keep`` u (every row has as many) under its condition as it is, positions from 0."""
+    history = context.features
+    fresh = deep.start(
+        len(context.u),
+        context.grid,
+        context.window,
+        context.text,
+        context.uncond_text,
+        0 if history is None else history.shape[-1],
+    )
+    if keep:
+        features = None if history is None else history[:, -keep:]
+        fresh, _ = deep.commit(deep.reserve(fresh, keep), context.u[:, -keep:], features)
+    return replace(fresh, u=context.u, features=history)
+
+
+def _look_ahead(deep: DeepBlock, context: Context, begin: int) -> Context:
+    """The next window's context, with so many of its frames (this window's from ``begin`` on) that steady steps
+    complete it when this one is full: at most ``keep / begin`` a step, rounded up, or `AHEAD` where that is less.
+    """
+    window, keep = context.window, context.window - begin
+    ahead = context.ahead
+    if ahead is None or context.ahead_from != begin:
+        ahead = _fresh(deep, context)
+    ahead = replace(ahead, u=context.u, features=context.features)
+    groups: dict[tuple[int, int, int], list[int]] = {}
+    for row, (f, has) in enumerate(zip(context.frames, ahead.frames, strict=True)):
+        due = max(0, min(f - begin, -(-keep * (f - keep) // begin)))
+        missing = due - has if due - has >= AHEAD or f >= window else 0
+        groups.setdefault((f, has, missing) if missing else (0, 0, 0), []).append(row)
+    if list(groups) == [(0, 0, 0)]:
+        return ahead
+    parts = []
+    for (f, has, missing), rows in groups.items():
+        part = ahead if len(groups) == 1 else ahead.select(rows)
+        parts.append(_appended(deep, part, window - f + begin + has, missing) if missing else part)
+    return Context.concat(parts).select(_inverse([row for rows in groups.values() for row in rows]))
+
+
+def _appended(deep: DeepBlock, ahead: Context, start: int, frames: int) -> Context:
+    """The context after ``frames`` of its own remembered u, from number ``start`` on, whose K/V it lacks."""
+    history, stop = ahead.features, start + frames
+    before = replace(ahead, u=ahead.u[:, :start], features=None if history is None else history[:, :start])
+    known = None if history is None else history[:, start:stop]
+    after, _ = deep.commit(deep.reserve(before, frames), ahead.u[:, start:stop], known)
+    return replace(after, u=ahead.u, features=history)
+
+
+def _fresh(deep: DeepBlock, context: Context) -> Context:
+    """A context without frames for the same sessions; condition tokens at their first place are shared."""
+
+    def begin(cache: KVCache) -> KVCache:
+        cohorts = []
+        for c in cache.cohorts:
+            head = c.segments[:1] if c.prefix else ()
+            segments = tuple(replace(s, stop=s.start + c.prefix) for s in head)
+            cohorts.append(Cohort(c.rows, 0, 0, segments, c.prefix))
+        return KVCache(tuple(cohorts))
+
+    if any(c.first for c in context.cache.cohorts):  # rolled: the condition's place has moved
+        width = 0 if context.features is None else context.features.shape[-1]
+        grid, window = context.grid, context.window
+        return deep.start(len(context.u), grid, window, context.text, context.uncond_text, width)
+    uncond = None if context.uncond is None else begin(context.uncond)
+    return replace(context, cache=begin(context.cache), uncond=uncond, ahead=None, ahead_from=0)
+
+
+def _roll(deep: DeepBlock, context: Context) -> Context:
+    def roll(cache: KVCache, text: Tensor | None) -> KVCache:
+        cohorts, row = [], 0
+        for c in cache.cohorts:
+            if c.frames >= context.window:
+                prefix = None
+                if c.prefix and text is not None:
+                    begun = deep.begin(c.rows, text[row : row + c.rows], c.first + 1, 0)
+                    prefix = begun.cohorts[0].segments[0].kv
+                cohorts.append(c.evict(1, context.u.shape[2], prefix))
+            else:
+                cohorts.append(c)
+            row += c.rows
+        return KVCache(tuple(cohorts))
+
+    uncond = None if context.uncond is None else roll(context.uncond, context.uncond_text)
+    return replace(context, cache=roll(context.cache, context.text), uncond=uncond)
