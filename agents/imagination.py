@@ -83,12 +83,31 @@ def to_world(space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:
     return (space.low + unit * (space.high.astype(np.float64) - space.low)).astype(space.dtype)
 
 
+def from_still_pictures(world: WorldModel) -> WorldModel:
+    """The same world with a bank of clips of one chunk: its real chunks, and each of their pictures held still.
+
+    A real episode begins with one picture, held; a policy that never saw such a start does not know what to do there.
+    """
+    frames = world.starts["frames"]
+    moving = frames.reshape(-1, 1, *frames.shape[2:])
+    pictures = frames.reshape(-1, 1, 1, *frames.shape[3:])
+    still = np.broadcast_to(pictures, (len(pictures), 1, *frames.shape[2:]))
+    starts = {"frames": np.concatenate((moving, still))}
+    for name, actions in world.starts.items():
+        if name.startswith("actions"):
+            flat = actions.reshape(-1, 1, *actions.shape[2:])
+            held = np.repeat(flat, len(still) // len(flat), axis=0)
+            starts[name] = np.concatenate((flat, held))
+    parts = world.flow, world.codec, world.actions, world.heads
+    return WorldModel(world.spec, *parts, starts, world.fingerprint, world.prompts)
+
+
 class ImaginedVecEnv(VecEnv):
     """`WorldModelVectorEnv` as Stable-Baselines3 expects one: latents standardised, rewards divided by their scale."""
 
     def __init__(self, world: WorldModel, slots: int = SLOTS, horizon: int = HORIZON, seed: int = 0) -> None:
         self.batch = WorldModelVectorEnv(
-            world,
+            from_still_pictures(world),
             slots,
             autoreset_mode=AutoresetMode.SAME_STEP,
             observation="latent",

@@ -26,6 +26,7 @@ class Proxy:
         self.hold_replies = self.lose_replies = self.refuse = False
         self.lost = 0  # bytes of replies thrown away
         self._pairs: dict[socket.socket, tuple[socket.socket, bool]] = {}
+        self._broken: set[socket.socket] = set()
         self._held: list[tuple[socket.socket, bytes]] = []
         self._cut = self._stop = False
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -88,7 +89,8 @@ class Proxy:
             data = b""
         if not data:
             self._close(source)
-        elif from_server and self.lose_replies:
+        elif from_server and (self.lose_replies or source in self._broken):
+            self._broken.add(source)  # what follows would be spliced into the stream, which no network does
             self.lost += len(data)
         elif from_server and self.hold_replies:
             self._held.append((target, data))
@@ -102,6 +104,7 @@ class Proxy:
     def _close(self, one: socket.socket) -> None:
         if one in self._pairs:
             other, _ = self._pairs.pop(one)
+            self._broken.discard(one)
             self._selector.unregister(one)
             one.close()
             self._close(other)

@@ -284,9 +284,12 @@ def test_an_idle_session_outlives_its_lease(toy: WorldModel) -> None:
 
 # ---- the vector environment ---------------------------------------------------------------------------------------------
 def same_infos(a: tuple[Any, ...], b: tuple[Any, ...]) -> None:
-    """Outcomes of vector environments: pixels and flags equal, numbers but for the batch shape's rounding."""
+    """Outcomes of vector environments: flags equal, numbers and pixels on a tie but for the batch shape's rounding."""
     for x, y in zip(a[:-1], b[:-1], strict=True):
-        if x.dtype == np.float32 or x.dtype == np.float64:
+        if x.dtype == np.uint8:
+            difference = np.abs(x.astype(int) - y)
+            assert difference.max() <= 1 and (difference > 0).mean() < 1e-4
+        elif x.dtype == np.float32 or x.dtype == np.float64:
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
         else:
             np.testing.assert_array_equal(x, y)
