@@ -21,8 +21,7 @@ def test_gathered_sessions_go_on_as_they_would(sampling: Sampling) -> None:
     gathered = mixed.gathered()
     assert len(mixed.context.cache.cohorts) == 4
     assert [c.rows for c in gathered.context.cache.cohorts] == [5, 1]
-    pages = {s.page.kv.data_ptr() for c in mixed.context.cache.cohorts for s in c.segments}
-    assert not pages & {s.page.kv.data_ptr() for c in gathered.context.cache.cohorts for s in c.segments}
+    assert not pages(mixed) & pages(gathered)
     plan = actions(6, 7, 2)
     _, chunks, _ = walk(world, gathered, plan, sampling)
     assert unchanged(before, mixed)
@@ -30,6 +29,28 @@ def test_gathered_sessions_go_on_as_they_would(sampling: Sampling) -> None:
     for a, b in zip(chunks, expected, strict=True):
         for i in range(6):
             close(world, row(a, i), row(b, i))
+
+
+def pages(state: WorldState) -> set[int]:
+    """Where all K/V that a state keeps alive lie, those of the next window too."""
+    found = (s for cache in state.caches().values() for c in cache.cohorts for s in c.segments)
+    return {segment.page.kv.untyped_storage().data_ptr() for segment in found}
+
+
+def test_one_session_of_a_batch_keeps_nothing_of_it_alive_while_the_next_window_is_made_ready() -> None:
+    world = small_world()
+    seeds = 4
+    state, plan = world.reset(list(range(seeds)))[0], actions(seeds, world.flow.config.window + 2)
+    ready = 0
+    for t in range(plan.shape[1]):
+        state, _ = world.step(state, plan[:, t])
+        alone = state.select([1]).gathered()
+        assert not pages(state) & pages(alone)
+        ready += any(c.segments for c in alone.context.ahead.cache.cohorts) if alone.context.ahead else 0
+    assert ready
+    again, _ = world.step(alone, plan[1:2, -1])
+    expected, _ = world.step(state.select([1]), plan[1:2, -1])
+    assert torch.allclose(again.log_prob, expected.log_prob)
 
 
 def test_a_past_that_is_empty() -> None:

@@ -376,7 +376,7 @@ def test_memory_of_a_long_session_is_flat(world: WorldModel, sampling: Sampling)
         state, _ = world.step(state, action, sampling)
         pages = {
             s.page.kv.untyped_storage().data_ptr(): s.page.kv.untyped_storage().nbytes()
-            for cache in state._caches().values()
+            for cache in state.caches().values()
             for c in cache.cohorts
             for s in c.segments
         }

@@ -55,7 +55,7 @@ class WorldState:
     @property
     def nbytes(self) -> int:
         """Bytes held: K/V in view (shared pages once) and all other tensors."""
-        return sum(c.nbytes for c in self._caches().values()) + sum(
+        return sum(c.nbytes for c in self.caches().values()) + sum(
             t.untyped_storage().nbytes() for t in self._tensors().values()
         )
 
@@ -152,7 +152,8 @@ class WorldState:
         zero = torch.zeros_like(new)
         return replace(self, seeds=new, branches=zero, forks=zero)
 
-    def _caches(self) -> dict[str, KVCache]:
+    def caches(self) -> dict[str, KVCache]:
+        """The K/V held, by name: of this window and of the next, under the condition and under the empty prompt."""
         c = self.context
         named = {"cache": c.cache, "uncond": c.uncond}
         if c.ahead is not None:
@@ -199,7 +200,7 @@ class WorldState:
                 raise ValueError("the next window does not fit this one")
             if any(a > k for a, k in zip(c.ahead.frames, known, strict=True)):
                 raise ValueError("the next window holds frames that this one has not seen")
-        for cache in self._caches().values():
+        for cache in self.caches().values():
             if cache.rows != self.rows:
                 raise ValueError(f"K/V of {cache.rows} rows for {self.rows} sessions")
             for cohort in cache.cohorts:
@@ -214,7 +215,7 @@ class WorldState:
         """Write the state to one safetensors file, atomically; ``world`` is the fingerprint of its world."""
         tensors = {k: v.detach().cpu().contiguous() for k, v in self._tensors().items()}
         layout: dict[str, list[dict[str, object]]] = {}
-        for name, cache in self._caches().items():
+        for name, cache in self.caches().items():
             layout[name] = []
             for i, cohort in enumerate(cache.cohorts):
                 folds = []

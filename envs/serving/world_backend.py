@@ -44,7 +44,7 @@ from envs.turn import (
     turns,
 )
 from worldmodel import Chunk, InputError, WorldModel, WorldState
-from worldmodel.condition.spaces import pack_actions
+from worldmodel.condition.spaces import pack_actions, prompts_of
 
 SCORED = ("log_prob", "rate", "bits_per_dim", "action_gain", "noise_square")
 
@@ -110,8 +110,7 @@ def together(slots: Sequence[Slot]) -> tuple[WorldState, list[int]]:
 
 def held_bytes(state: WorldState) -> int:
     """Bytes that a state keeps alive: whole pages, not just what is in view."""
-    caches = [state.context.cache] + ([state.context.uncond] if state.context.uncond is not None else [])
-    segments = [s for cache in caches for c in cache.cohorts for s in c.segments]
+    segments = [s for cache in state.caches().values() for c in cache.cohorts for s in c.segments]
     pages = {s.page.kv.untyped_storage().data_ptr(): s.page.kv.untyped_storage().nbytes() for s in segments}
     others = [state.noisy, state.latent, state.context.u, *state.codec.values()]
     return sum(pages.values()) + sum(t.untyped_storage().nbytes() for t in others)
@@ -377,6 +376,7 @@ class WorldBackend:
         """One action as a batch of one, checked alone, so that it cannot fail for others."""
         space = session.world.spec.action_space
         batch = batch_of_one(space, action)
+        prompts_of(space, batch, 1)
         if session.world.actions is not None:
             pack_actions(space, batch, 1)
         return batch

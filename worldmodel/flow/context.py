@@ -87,10 +87,13 @@ class Context:
         )
 
     def gathered(self) -> Context:
-        """The same sequences with K/V of their own; see `KVCache.gathered`."""
+        """The same sequences with K/V of their own, the next window's too; see `KVCache.gathered`."""
         room = (2 * self.window + 1) * self.u.shape[2]
         uncond = None if self.uncond is None else self.uncond.gathered(room)
-        return replace(self, cache=self.cache.gathered(room), uncond=uncond)
+        ahead = (
+            None if self.ahead is None else replace(self.ahead.gathered(), u=self.u, features=self.features)
+        )
+        return replace(self, cache=self.cache.gathered(room), uncond=uncond, ahead=ahead)
 
     @staticmethod
     def concat(parts: Sequence[Context]) -> Context:
