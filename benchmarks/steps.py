@@ -6,7 +6,6 @@ import copy
 import resource
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -429,28 +428,5 @@ def endurance(world: WorldModel, count: int) -> list[Row]:
                 "pages kB": pages / 1e3,
                 "peak RSS MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
             }
-        )
-    return rows
-
-
-def dial(world: WorldModel, tolerances: Sequence[float], count: int) -> list[Row]:
-    """The solver's dial: tolerance, sweeps and the error it leaves against the exact inverse (frames of many tokens)."""
-    rows = []
-    for tolerance in tolerances:
-        state, _ = world.reset([0])
-        sampling = replace(world.spec.sampling, tolerance=tolerance)
-        action = random_actions(world, 1)
-        _, features = world._action(action, 1)
-        errors, sweeps = [], []
-        for _ in range(count):
-            noise = normal(state.seeds, state.branches, state.steps, SAMPLE, world.latent_shape)
-            w = world.flow.tokens((noise * sampling.temperature)[:, None].to(world.device))[:, 0]
-            context = world._room(state, sampling, reserve=False)
-            _, reference = exact(world.flow, context, w, features)
-            state, chunk = world.step(state, action, sampling)
-            errors.append(_relative(state.noisy[:, -1:], reference))
-            sweeps.append(float(chunk.sweeps.double().mean()))
-        rows.append(
-            {"tolerance": tolerance, "sweeps": float(np.mean(sweeps)), "error": float(np.mean(errors))}
         )
     return rows
