@@ -36,7 +36,7 @@ from worldmodel.errors import InputError
 
 RETRY_AFTER = 2.0  # seconds without a reply after which a request is sent again
 HANDSHAKE = 1.5  # seconds from a TCP connection to the end of its handshake
-HIGH_WATER = 8  # messages queued each way; a vector environment opens a connection for so many slots
+HIGH_WATER = 8  # requests queued; a vector environment opens a connection for so many slots
 _SURE = 3  # broken handshakes in a row; a server that is going down may break one
 _FULL = 0.005  # seconds until a socket that takes nothing is tried again
 _REFUSED = (
@@ -137,7 +137,8 @@ class Connection:
     def _configure(self, keys: ClientKeys | None) -> None:
         s = self._socket
         s.linger, s.immediate, s.maxmsgsize = 0, True, MAX_MESSAGE
-        s.sndhwm = s.rcvhwm = HIGH_WATER
+        # Replies answer this socket's own requests and need no bound; and at one, libzmq may abort, see `Transport`.
+        s.sndhwm, s.rcvhwm = HIGH_WATER, 0
         s.heartbeat_ivl, s.heartbeat_timeout, s.heartbeat_ttl = 1000, 3000, 3000
         s.handshake_ivl, s.reconnect_ivl, s.reconnect_ivl_max = 2000, 50, 1000
         if keys is not None:

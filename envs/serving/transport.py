@@ -1,4 +1,4 @@
-"""The server's ROUTER socket: bounded both ways, never blocking, never dropping in silence; and a way to wake it."""
+"""The server's ROUTER socket: bounded, never blocking, never dropping in silence; and a way to wake it."""
 
 from __future__ import annotations
 
@@ -84,6 +84,10 @@ class Inbox:
 class Transport:
     """A bound ROUTER. ``counts``: messages received, sent, dropped (``unreachable``, ``backlog``), rebound.
 
+    No high-water mark bounds what arrives: a socket of libzmq 4.3.5 that has stopped reading a peer at its mark aborts
+    the process at the next heartbeat, its own or the peer's, once that peer has reset the connection. What piles up
+    is bounded by the server's look at its memory (see `rebind`). Peers are read in turn, so a flood delays nobody.
+
     Raises:
         InputError: the address cannot be bound.
     """
@@ -99,7 +103,7 @@ class Transport:
     def _bound(self, url: str, patience: float) -> zmq.Socket[bytes]:
         s = self._context.socket(zmq.ROUTER)
         s.linger, s.maxmsgsize, s.router_mandatory = 0, MAX_MESSAGE, 1
-        s.sndhwm = s.rcvhwm = 8
+        s.sndhwm, s.rcvhwm = 8, 0
         s.handshake_ivl, s.heartbeat_ivl, s.heartbeat_timeout, s.heartbeat_ttl = 2000, 1000, 3000, 3000
         if self._keys is not None:
             s.curve_server, s.zap_domain = True, ZAP_DOMAIN

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -28,12 +30,14 @@ ROOT = Path(__file__).parents[3]
 MIB = 1 << 20
 SERVE = """
 import signal
+import time
 from benchmarks.null_world import NullBackend
 from envs.serving import server
 from envs.serving.sessions import Limits
 server.SLACK = {slack}
 served = server.WorldServer(NullBackend({size}), "tcp://127.0.0.1:*", limits=Limits(memory={memory}, sessions=4096))
 signal.signal(signal.SIGTERM, lambda *_: served.drain())
+signal.signal(signal.SIGUSR1, lambda *_: served._inbox.post(lambda: time.sleep(2.5)))
 print(served.url, flush=True)
 served.run()
 """
@@ -325,6 +329,29 @@ def test_a_message_that_never_ends() -> None:
                     break
             assert frames is not None
             assert decode_reply(frames).result["info"]["chunk"] == 2
+
+
+def zmtp(name: bytes, body: bytes) -> bytes:
+    """A ZMTP 3 command on the wire."""
+    return struct.pack("BBB", 4, 1 + len(name) + len(body), len(name)) + name + body
+
+
+@pytest.mark.parametrize("last", [b"", zmtp(b"PING", bytes(2))], ids=["messages", "heartbeat"])
+def test_peers_that_flood_and_reset_while_nobody_reads(last: bytes) -> None:
+    """libzmq aborts a process whose socket has stopped reading such a peer when a heartbeat is due or comes in."""
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+    dealer = zmtp(b"READY", b"\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER")
+    for server in serve():
+        address, port = server.url.removeprefix("tcp://").split(":")
+        os.kill(server.pid, signal.SIGUSR1)
+        time.sleep(0.2)
+        for _ in range(5):
+            with socket.create_connection((address, int(port))) as peer:
+                for part in (greeting, dealer, b"\x00\x01x" * 64 + last):
+                    peer.sendall(part)
+                    time.sleep(0.05)
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        server.alive()
 
 
 def test_a_client_that_never_reads() -> None:
