@@ -1,9 +1,11 @@
 """One client socket: requests out, replies in, whatever happens to the wire in between.
 
-The socket is a DEALER with ``IMMEDIATE``, so nothing is queued for a server that is not there. A request keeps its
-id and bytes until its reply is here: after a reconnection, or where no reply came for `RETRY_AFTER`, the same bytes
-go out again, and the server runs them at most once. Replies are matched by request id alone; one that nobody waits
-for is dropped. The socket's monitor tells a failed handshake from a slow server.
+The socket is a DEALER, and its monitor tells when a server is there: nothing is sent before, so nothing is queued for
+one that is not. (``IMMEDIATE`` would do that too, but it throws away replies that are here and not yet read when the
+connection ends, as where a server answers and stops.) A request keeps its id and bytes until its reply is here: after
+a reconnection, or where no reply came for `RETRY_AFTER`, the same bytes go out again, and the server runs them at most
+once. Replies are matched by request id alone; one that nobody waits for is dropped. The monitor also tells a failed
+handshake from a slow server.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from worldmodel.errors import InputError
 
 RETRY_AFTER = 2.0  # seconds without a reply after which a request is sent again
 HANDSHAKE = 1.5  # seconds from a TCP connection to the end of its handshake
-HIGH_WATER = 8  # requests queued; a vector environment opens a connection for so many slots
+HIGH_WATER = 8  # requests under way at once; a vector environment opens a connection for so many slots
 _SURE = 3  # broken handshakes in a row; a server that is going down may break one
 _FULL = 0.005  # seconds until a socket that takes nothing is tried again
 _REFUSED = (
@@ -136,9 +138,9 @@ class Connection:
 
     def _configure(self, keys: ClientKeys | None) -> None:
         s = self._socket
-        s.linger, s.immediate, s.maxmsgsize = 0, True, MAX_MESSAGE
+        s.linger, s.maxmsgsize = 0, MAX_MESSAGE
         # Replies answer this socket's own requests and need no bound; and at one, libzmq may abort, see `Transport`.
-        s.sndhwm, s.rcvhwm = HIGH_WATER, 0
+        s.sndhwm, s.rcvhwm = 2 * HIGH_WATER, 0
         s.heartbeat_ivl, s.heartbeat_timeout, s.heartbeat_ttl = 1000, 3000, 3000
         s.handshake_ivl, s.reconnect_ivl, s.reconnect_ivl_max = 2000, 50, 1000
         if keys is not None:
@@ -258,7 +260,9 @@ class Connection:
 
     # ---- the wire -----------------------------------------------------------------------------------------------
     def _send(self, now: float) -> None:
-        """Hand over what is due, as long as the socket takes it."""
+        """Hand over what is due, as long as the server is there and the socket takes it."""
+        if not self.connected:
+            return
         for call in self._calls.values():
             if call.reply is None and call.due <= now:
                 try:
@@ -270,10 +274,10 @@ class Connection:
 
     def _next(self, now: float) -> float:
         """When there is something to do even if nothing arrives."""
-        times = [call.due for call in self._calls.values() if call.reply is None]
+        times = [call.due for call in self._calls.values() if call.reply is None] if self.connected else []
         if self._shaking is not None:
             times.append(self._shaking + HANDSHAKE)
-        return max(now, min(times, default=now))
+        return max(now, min(times, default=math.inf))
 
     def _pump(self, seconds: float) -> None:
         """Wait that long at most, then take in what has arrived."""
