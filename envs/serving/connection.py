@@ -261,6 +261,7 @@ class Connection:
     # ---- the wire -----------------------------------------------------------------------------------------------
     def _send(self, now: float) -> None:
         """Hand over what is due, as long as the server is there and the socket takes it."""
+        self._look()
         if not self.connected:
             return
         for call in self._calls.values():
@@ -288,8 +289,7 @@ class Connection:
                 if not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
                     break
         if self._monitor in ready:
-            while self._monitor.poll(0):
-                self._notice(zmq_monitor.recv_monitor_message(self._monitor)["event"])
+            self._look()
 
     def _receive(self, frames: Sequence[zmq.Frame]) -> None:
         reply = decode_reply([frame.buffer for frame in frames])
@@ -303,6 +303,11 @@ class Connection:
                 call.due = again
                 return
         call.reply = reply
+
+    def _look(self) -> None:
+        """Take in what the monitor has to tell."""
+        while int(self._monitor.get(zmq.EVENTS)) & zmq.POLLIN:
+            self._notice(zmq_monitor.recv_monitor_message(self._monitor)["event"])
 
     def _notice(self, event: int) -> None:
         """Follow the socket's monitor."""
