@@ -1,6 +1,8 @@
 """What if? Abduct the noise that explains what happened, then play other actions against the same noise.
 
-Abduction, action, prediction (Pearl): with an invertible world the noise is not a posterior but a value.
+Abduction, action, prediction (Pearl): with an invertible world the noise is not a posterior but a value. It is that of
+the clip's latents themselves, without the noise that the world adds to what it observes: the added noise is no part of
+what happened, and replaying it under another action would add its error to the answer.
 
 Axis letters: B sessions, T chunks, F pixel frames of a chunk, C latent channels; h, w latent grid.
 """
@@ -26,8 +28,8 @@ class Counterfactual:
     observed, factual, otherwise: (B, T, F, height, width, 3) uint8; ``factual`` has the actions that happened, so that
     it differs from ``otherwise`` by the actions alone, and from ``observed`` by what codec and denoiser lose.
     log_prob_observed, log_prob_factual, log_prob_otherwise: (B, T) float64 nats of every chunk under its own past and
-    actions; the first two agree up to the solver's tolerance. reward_factual, reward_otherwise: (B, T).
-    noise: (B, T, C, h, w) float32, the abducted one.
+    actions, at the latent without added noise; the first two agree up to the solver's tolerance. reward_factual,
+    reward_otherwise: (B, T). noise: (B, T, C, h, w) float32, the abducted one.
     """
 
     observed: np.ndarray
@@ -70,18 +72,21 @@ def counterfactual(
         )
     _check_length(actions, pixels.shape[:2], "actions")
     _check_length(otherwise, pixels.shape[:2], "otherwise")
+    rows = state.rows
+    factual = list(range(rows))
     both = WorldState.concat([state, state])
     noises, nats, replayed = [], [], []
     for t in tqdm(range(pixels.shape[1]), desc="counterfactual", unit="chunk", leave=False):
-        state, real = world.observe(state, pixels[:, t], take(actions, t, axis=1))
-        noise = torch.cat((real.noise, real.noise))
+        happened = take(actions, t, axis=1)
+        state, real = world.observe(state, pixels[:, t], happened)
+        silent = torch.zeros_like(real.noise)
+        score = world.score(both.select(factual), real.latent, happened, noise=silent)
         both, chunk = world.step(
-            both, _pair(take(actions, t, axis=1), take(otherwise, t, axis=1)), noise=noise
+            both, _pair(happened, take(otherwise, t, axis=1)), noise=torch.cat((score.noise, score.noise))
         )
-        noises.append(real.noise.cpu().numpy())
-        nats.append(real.log_prob.numpy())
+        noises.append(score.noise.cpu().numpy())
+        nats.append(score.log_prob.numpy())
         replayed.append(chunk)
-    rows = state.rows
     shown = np.stack([c.frames.cpu().numpy() for c in replayed], axis=1)
     log_prob = np.stack([c.log_prob.numpy() for c in replayed], axis=1)
     reward = np.stack([c.reward.cpu().numpy() for c in replayed], axis=1)
