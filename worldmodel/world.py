@@ -283,8 +283,12 @@ class WorldModel(WorldParts):
         return Score.over(results)
 
     def infer_noise(self, state: WorldState, frames: np.ndarray | Tensor, action: Any = None) -> Tensor:
-        """The noise (B, C, h, w) under which `step` from this state would have imagined this chunk's noisy latent."""
-        return self.observe(state, frames, action)[1].noise
+        """The noise (B, C, h, w) under which `step` from this state imagines this chunk's latent.
+
+        Up to the solver's tolerance; of the latent itself, without the noise that `observe` adds: that is no part of what happened.
+        """
+        silent = torch.zeros(state.rows, *self.latent_shape)
+        return self.score(state, frames, action, noise=silent).noise
 
     def rollout(
         self, state: WorldState, actions: Any, sampling: Sampling | None = None, decode: bool = True
