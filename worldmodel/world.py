@@ -285,7 +285,7 @@ class WorldModel(WorldParts):
     def infer_noise(self, state: WorldState, frames: np.ndarray | Tensor, action: Any = None) -> Tensor:
         """The noise (B, C, h, w) under which `step` from this state imagines this chunk's latent.
 
-        Up to the solver's tolerance; of the latent itself, without the noise that `observe` adds: that is no part of what happened.
+        Up to the solver's tolerance. It is that of the latent itself: what `observe` adds is no part of what happened.
         """
         silent = torch.zeros(state.rows, *self.latent_shape)
         return self.score(state, frames, action, noise=silent).noise
