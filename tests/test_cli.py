@@ -32,7 +32,7 @@ def command(*arguments: str) -> list[str]:
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments: tuple[str, ...], status: int, words: str) -> None:
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
     assert done.returncode == status
     assert words in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -50,7 +50,7 @@ def test_ctrl_c_says_so_and_leaves_whole_files(tmp_path: Path) -> None:
     while not list(tmp_path.glob("episodes/*.npz")) and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "worldmodel: stopped; run the same command to continue"
     assert not list(tmp_path.glob("episodes/.*"))

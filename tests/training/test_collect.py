@@ -76,7 +76,7 @@ if __name__ == "__main__":
     while not episode_path(tmp_path / "d", 1).exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
-    assert child.wait(timeout=60) != 0
+    assert child.wait(timeout=300) != 0
     found = contents(tmp_path / "d")
     assert 1 < len(found) < 500
     assert not list((tmp_path / "d").rglob("*.tmp"))
