@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import baseline, steps
+from benchmarks import baseline, dial, long_runs, steps
 from benchmarks.ablation import jacobi_and_commit, plain_weights
 from benchmarks.baseline import Baseline, exact
 from benchmarks.measure import flops, table
@@ -19,6 +20,7 @@ from tests.toy import write_toy
 from worldmodel.errors import InputError
 from worldmodel.flow import flow as flow_module
 from worldmodel.packed import Linear, is_packed, pack
+from worldmodel.sampling import Sampling
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1e-3])
@@ -88,6 +90,42 @@ def test_stages_add_up_and_forks_are_small() -> None:
     assert rows["deep"]["MFLOP"] > 0
     fork, copy = steps.forks(world, 8, 1)
     assert fork["bytes a branch"] < copy["bytes a branch"] / 10
+
+
+def test_the_dial_bounds_the_error_against_the_exact_inverse() -> None:
+    world = small_world()
+    for rows in (dial.of_world(world, 2, 2), dial.of_long_frames(4, 2)):
+        assert [row["tolerance"] for row in rows if row["default"]] == [Sampling().tolerance]
+        assert all(row["error of x~"] <= row["worst"] <= row["sqrt"] + 1e-5 for row in rows)
+        sweeps = [row["sweeps"] for row in rows]
+        assert sweeps == sorted(sweeps) and rows[0]["error of x~"] >= rows[-1]["error of x~"]
+        levels = [row["frames, p99 levels"] for row in rows if row["default"]]
+        assert levels[0] is None or levels[0] <= 1
+    assert rows[0]["error of x~"] > 1e-3 and rows[0]["sweeps"] < rows[-1]["sweeps"] == 16
+
+
+def test_latency_is_told_by_what_happened() -> None:
+    wall = np.array([1.0, 1.0, 1.0, 4.0, 3.0])
+    cpu = np.array([1.0, 1.0, 1.0, 1.0, 3.0])
+    rows = {r["steps in which"]: r for r in long_runs.by_cause(wall, cpu, ["a", "a", "b", "b", "b"])}
+    assert {name: row["steps"] for name, row in rows.items()} == {
+        "all": 5,
+        "a": 2,
+        "b": 2,
+        long_runs.WAITING: 1,
+    }
+    assert rows["all"]["over 1.5 p50"] == 2 and rows[long_runs.WAITING]["p50 ms"] == 4000
+    assert rows["all"]["CPU p99/p50"] < rows["all"]["p99/p50"]
+    world = small_world()
+    assert sum(row["steps"] for row in long_runs.latency(world, 30)[1:]) == 30
+
+
+def test_memory_of_a_session_is_flat() -> None:
+    rows = long_runs.memory(small_world(), 48, 4)
+    assert [row["steps"] for row in rows] == [0, 12, 24, 36, 48]
+    assert len({row["state kB"] for row in rows}) <= small_world().flow.config.window
+    assert max(row["pages kB"] for row in rows[1:]) <= 2 * max(row["pages kB"] for row in rows[:2])
+    assert all(row["process MB"] > 10 for row in rows)
 
 
 def test_reports_as_tables_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,9 @@ def multiplies_halves() -> bool:
     """Whether this build of torch multiplies packed float16 weights by float32 rows."""
     if _half_product is None or "fbgemm" not in torch.backends.quantized.supported_engines:
         return False
-    with warnings.catch_warnings():  # torch says once, here, that these functions may go; oneDNN then takes their place
+    with (
+        warnings.catch_warnings()
+    ):  # torch says once, here, that these functions may go; oneDNN then takes their place
         warnings.simplefilter("ignore")
         weight = torch.eye(8)
         kernel = torch.fbgemm_pack_gemm_matrix_fp16(weight)
@@ -84,7 +86,7 @@ class Linear(nn.Linear, Packed):
         weight = self.weight.detach()
         self._half = _fits_half(weight)
         if self._half:
-            return cast(Tensor, torch.fbgemm_pack_gemm_matrix_fp16(weight))
+            return torch.fbgemm_pack_gemm_matrix_fp16(weight)
         return cast(Tensor, _ops._reorder_linear_weight(weight))
 
     def forward(self, x: Tensor) -> Tensor:
