@@ -114,7 +114,7 @@ def by_stage(world: WorldModel, batch: int, count: int, peak: float) -> list[Row
     with ExitStack() as stack:
         stack.enter_context(timed(deep, ["invert", "solve", "commit"], spent))
         stack.enter_context(timed(world, ["_room"], spent))
-        stack.enter_context(timed(flow, ["imagine", "denoise"], spent))
+        stack.enter_context(timed(flow, ["imagine", "denoise_newest"], spent))
         stack.enter_context(timed(world.codec, ["decode"], spent))
         stack.enter_context(timed(world.heads, ["forward"], spent))
         walked = state
@@ -134,7 +134,7 @@ def by_stage(world: WorldModel, batch: int, count: int, peak: float) -> list[Row
         "deep": solve,
         "commit": commit,
         "shallow": mean["imagine"] - solve - commit,
-        "denoise": mean["denoise"],
+        "denoise": mean["denoise_newest"],
         "heads": mean["forward"],
         "decode": mean["decode"],
     }
@@ -182,7 +182,7 @@ def stage_flops(world: WorldModel, state: WorldState, action: Any) -> dict[str, 
     with torch.no_grad():
         decode = flops(lambda: world.codec.decode(latent, state.codec))
         denoise = flops(
-            lambda: flow.denoise(
+            lambda: flow.denoise_newest(
                 state.noisy,
                 world.grid,
                 None,
