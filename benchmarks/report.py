@@ -77,7 +77,9 @@ def sections(world: WorldModel, options: Options, peak: Row) -> dict[str, Sectio
         ),
         "baseline": Section(
             "against the plain sampler of the public code, batch 1, same weights",
-            "error: of x~ against the exact token-by-token inverse, relative RMS, both fed the exact past",
+            "error: of x~ against the exact token-by-token inverse, relative RMS, both fed the exact past\n"
+            "a call a chunk: the public code takes a past and returns frames, so each call first fills the cache (from u,\n"
+            "the cheapest way); given a state: as if its cache outlived the call; one clip: what it is made for, no world",
             lambda: steps.against_baseline(world, 10, 3 if quick else 9),
         ),
         "environment": Section("end to end", "", lambda: steps.environment(world, count)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -258,25 +259,36 @@ def forks(world: WorldModel, branches: int, repeats: int) -> list[Row]:
 
 
 def planning(world: WorldModel, branches: Sequence[int], depth: int, repeats: int, decode: bool) -> list[Row]:
-    """Branch-chunks a second: N branches of one state, ``depth`` chunks deep, forks included."""
+    """Branch-chunks a second: N branches of one state, ``depth`` chunks deep, forks included, on one core and on all.
+
+    The ratio is to one branch at its own best number of threads.
+    """
     state, _ = world.reset([0])
     state, _, _ = walk(world, state, 6, "plan")
+    before = torch.get_num_threads()
+    ways = [(n, threads) for n in branches for threads in sorted({1, os.cpu_count() or 1})]
 
-    def plan(n: int) -> None:
+    def plan(n: int, threads: int) -> None:
+        torch.set_num_threads(threads)
         walk_on, action = state.fork(n), random_actions(world, n)
         for _ in range(depth):
             walk_on, _ = world.step(walk_on, action, decode=decode)
 
-    times = interleaved({str(n): partial(plan, n) for n in branches}, repeats, "planning")
-    rates = {n: n * depth / float(np.median(times[str(n)])) for n in branches}
+    try:
+        times = interleaved({f"{n} {t}": partial(plan, n, t) for n, t in ways}, repeats, "planning")
+    finally:
+        torch.set_num_threads(before)
+    rates = {(n, t): n * depth / float(np.median(times[f"{n} {t}"])) for n, t in ways}
+    first = max(rate for (n, _), rate in rates.items() if n == branches[0])
     return [
         {
             "branches": n,
+            "threads": threads,
             "frames": decode,
-            "branch-chunks/s": rates[n],
-            "x one branch": rates[n] / rates[branches[0]],
+            "branch-chunks/s": rate,
+            "x one branch": rate / first,
         }
-        for n in branches
+        for (n, threads), rate in rates.items()
     ]
 
 
@@ -319,15 +331,25 @@ def against_baseline(world: WorldModel, count: int, repeats: int) -> list[Row]:
             base.step(noise_of(world, states[i]), features)
             base.decode(codec, base.clean())
 
+    def called() -> None:
+        for at in states:
+            base = _replay(world, plain, at, window)
+            base.step(noise_of(world, at), features)
+            base.decode(codec, base.clean())
+
     def offline() -> None:
         base = _replay(world, plain, state, window)
         for i in range(steps):
             base.step(noise_of(world, states[i]), features)
         base.decode(codec, base.clean())
 
-    times = interleaved(
-        {"step": product, "baseline, stepped": stepped, "baseline, one clip": offline}, repeats, "baseline"
-    )
+    ways = {
+        "step": product,
+        "baseline, a call a chunk": called,
+        "baseline, given a state": stepped,
+        "baseline, one clip": offline,
+    }
+    times = interleaved(ways, repeats, "baseline")
     own = float(np.median(times["step"]))
     rows = []
     for name, t in times.items():
@@ -349,11 +371,10 @@ def against_baseline(world: WorldModel, count: int, repeats: int) -> list[Row]:
 def _replay(world: WorldModel, plain: nn.Module, state: WorldState, window: int) -> Baseline:
     """A baseline that has seen what the state has."""
     base = Baseline(plain, state.rows, world.grid, window)  # type: ignore[arg-type]
-    seen = int(state.context_frames[0])
-    for i in range(seen, 0, -1):
-        features = None if state.context.features is None else state.context.features[:, -i][:, None]
-        noisy = state.noisy[:, -i] if i <= state.noisy.shape[1] else state.context.u[:, -i]
-        base.observe(state.context.u[:, -i], noisy, features)
+    seen, kept = int(state.context_frames[0]), state.noisy.shape[1]
+    u, features = state.context.u[:, -seen:], state.context.features
+    noisy = torch.cat((u[:, : max(0, seen - kept)], state.noisy[:, -min(seen, kept) :]), dim=1)
+    base.observe(u, noisy, None if features is None else features[:, -seen:])
     return base
 
 

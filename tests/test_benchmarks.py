@@ -40,6 +40,15 @@ def test_the_baseline_samples_the_same_model(threshold: float, monkeypatch: pyte
         noisy.append(x)
         error = (sampler.noisy[-1] - x[:, 0]).abs().max()
         assert error < 1e-4 if threshold == 0.0 else error < 0.5
+    seen = Baseline(world.flow, 2, world.grid, 6)  # the same frames in one pass, and one more
+    seen.observe(context.u[:, -5:], torch.cat(noisy, dim=1), a)
+    w = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(9))
+    for each in (sampler, seen):
+        each.step(w, a[:, :1])
+    error = (sampler.noisy[-1] - seen.noisy[-1]).abs().max()
+    assert error < 1e-4 if threshold == 0.0 else error < 0.5
+    for kept in (sampler.noisy, sampler.features):
+        kept.pop()
     if threshold == 0.0:
         clean = world.flow.denoise(torch.cat(noisy, dim=1), world.grid, None, a)
         assert torch.allclose(sampler.clean(), clean, atol=1e-4)
@@ -49,8 +58,10 @@ def test_the_baseline_samples_the_same_model(threshold: float, monkeypatch: pyte
 
 
 def test_flops_of_packed_and_plain_products_are_those_of_the_formula() -> None:
-    for packed in (False, True):
+    for packed, halves in ((False, False), (True, False), (True, True)):
         linear = Linear(32, 64).requires_grad_(False)
+        if halves:
+            linear.weight.copy_(linear.weight.half())
         conv = nn.Conv2d(4, 8, 3, padding=1).requires_grad_(False)
         if packed:
             pack(linear)
@@ -80,7 +91,8 @@ def test_switches_switch_and_switch_back() -> None:
     assert torch.allclose(plain.step(state, action)[1].latent, chunk.latent, atol=1e-4)
 
 
-def test_stages_add_up_and_forks_are_small() -> None:
+def test_stages_add_up_and_forks_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
     world = small_world()
     rows = {row["stage"]: row for row in steps.by_stage(world, 1, 2, 100.0)}
     parts = [
@@ -88,6 +100,8 @@ def test_stages_add_up_and_forks_are_small() -> None:
     ]
     assert sum(parts) + rows["heads"]["ms"] == pytest.approx(rows["step"]["ms"], rel=1e-6)
     assert rows["deep"]["MFLOP"] > 0
+    plans = steps.planning(world, [1, 4], 2, 1, False)
+    assert {row["branches"] for row in plans} == {1, 4} and plans[0]["x one branch"] == 1
     fork, copy = steps.forks(world, 8, 1)
     assert fork["bytes a branch"] < copy["bytes a branch"] / 10
 
