@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks import baseline, dial, long_runs, steps
-from benchmarks.ablation import jacobi_and_commit, plain_weights
+from benchmarks.ablation import float32_weights, jacobi_and_commit, plain_weights, window_denoised
 from benchmarks.baseline import Baseline, exact
 from benchmarks.measure import flops, table
 from benchmarks.report import Options, run
@@ -19,7 +20,7 @@ from tests.sessions import actions, features, small_world
 from tests.toy import write_toy
 from worldmodel.errors import InputError
 from worldmodel.flow import flow as flow_module
-from worldmodel.packed import Linear, is_packed, pack
+from worldmodel.packed import Linear, is_packed, multiplies_halves, pack
 from worldmodel.sampling import Sampling
 
 
@@ -85,6 +86,18 @@ def test_switches_switch_and_switch_back() -> None:
         _, other = world.step(state, action)
     assert few == flow_module.ONE_BY_ONE
     assert torch.allclose(chunk.latent, other.latent, atol=1e-4)
+    with window_denoised():
+        _, whole = world.step(state, action)
+    assert torch.allclose(chunk.latent, whole.latent, atol=1e-5)
+    halved = copy.copy(world)
+    halved.flow = copy.deepcopy(world.flow)
+    for weight in halved.flow.parameters():
+        weight.copy_(weight.half())
+    full = float32_weights(halved)
+    assert torch.allclose(full.step(state, action)[1].latent, halved.step(state, action)[1].latent, atol=1e-4)
+    if multiplies_halves() and is_packed(world.flow):
+        layers = [[m for m in w.flow.deep.modules() if isinstance(m, Linear)] for w in (halved, full)]
+        assert any(m._half for m in layers[0]) and not any(m._half for m in layers[1])
     plain = plain_weights(world)
     if is_packed(world.flow.deep):
         assert not is_packed(plain.flow.deep)
