@@ -13,10 +13,11 @@ from torch import Tensor
 
 from benchmarks.measure import Row, interleaved, ms
 from benchmarks.steps import random_actions, unpacked, walk
-from worldmodel import WorldModel
+from worldmodel import WorldModel, packed
 from worldmodel.flow import flow as flow_module
 from worldmodel.flow.context import Context
 from worldmodel.flow.deep import Committed, DeepBlock
+from worldmodel.flow.flow import Flow
 from worldmodel.state import WorldState
 
 
@@ -65,14 +66,41 @@ def plain_weights(world: WorldModel) -> WorldModel:
     return twin
 
 
+def float32_weights(world: WorldModel) -> WorldModel:
+    """The world with all its weights packed in float32, also those that float16 represents."""
+    twin, fits = copy.copy(world), packed._fits_half
+    for part in ("flow", "codec", "actions", "heads"):
+        setattr(twin, part, copy.deepcopy(getattr(world, part)))
+    packed._fits_half = lambda _: False
+    try:
+        state, _ = twin.reset([0])  # at first use, copies pack again
+        twin.step(state, random_actions(twin, 1))
+    finally:
+        packed._fits_half = fits
+    return twin
+
+
+@contextmanager
+def window_denoised() -> Iterator[None]:
+    """All remembered frames denoised at each step, of which the newest is kept."""
+    kept = Flow.denoise_newest
+    Flow.denoise_newest = lambda self, *args: self.denoise(*args)[:, -1:]  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Flow.denoise_newest = kept  # type: ignore[method-assign]
+
+
 def ablation(world: WorldModel, batches: list[int], steps: int, repeats: int) -> list[Row]:
     """Milliseconds a step with everything, and the factor that each switch costs."""
-    plain = plain_weights(world)
+    plain, full = plain_weights(world), float32_weights(world)
     rows = []
     for batch in batches:
         ways: dict[str, tuple[WorldModel, Callable[[], AbstractContextManager[None]], bool]] = {
             "everything": (world, nullcontext, True),
+            "packed in float32": (full, nullcontext, True),
             "weights not packed": (plain, nullcontext, True),
+            "the window denoised": (world, window_denoised, True),
             "Jacobi and commit": (world, jacobi_and_commit, True),
             "two passes for the action gain": (world, one_stream, True),
             "none of these": (plain, jacobi_and_commit, True),

@@ -4,8 +4,9 @@ Written afresh from a description of that code, small and without any of this pr
 blocks of 32 tokens in the first frame and of 128 in later ones until the mean squared change *over the batch*,
 relative to the mean square, is below 1e-3; the K/V kept are those of the iterate before the last update (no commit);
 keys are cached before RoPE and the whole cache is rotated at every call; attention under a dense boolean mask; the
-cache is allocated at full length. As a world, that pipeline has to re-run the denoiser over its window and to decode
-the window's latents as a clip at every step. It yields no likelihood.
+cache is allocated at full length. That code makes clips: it takes a past and returns frames, and keeps nothing. As a
+world it has to fill its cache anew at every chunk (`Baseline.observe`), or is given the state that it lacks, and has to
+re-run the denoiser over its window and to decode the window's latents as a clip at every step. It yields no likelihood.
 """
 
 from __future__ import annotations
@@ -124,16 +125,17 @@ class Baseline:
 
     @torch.no_grad()
     def observe(self, u: Tensor, noisy: Tensor, features: Tensor | None) -> None:
-        """Take a known frame, (B, N, D) raster both, into the cache."""
-        deep = self.flow.deep
-        own = deep.to_own(u)
+        """Take known frames into the cache in one pass: u and noisy (B, T, N, D), raster, features (B, T, E)."""
+        deep, tokens = self.flow.deep, u.shape[2]
+        own = rearrange(deep.to_own(u), "b t n d -> b (t n) d")
         inputs = torch.cat((self._before(own), own[:, :-1]), dim=1)
-        spread = None if features is None else features.expand(-1, own.shape[1], -1)
+        spread = None if features is None else features.repeat_interleave(tokens, dim=1)
         for stream, actions in ((self.deep, spread), (self.uncond, None)):
             if stream is not None:
                 stream.run(inputs, actions)
                 stream.length += own.shape[1]
-        self._append(u, noisy, features)
+        for t in range(u.shape[1]):
+            self._append(u[:, t], noisy[:, t], None if features is None else features[:, t : t + 1])
 
     def _append(self, u: Tensor, noisy: Tensor, features: Tensor | None) -> None:
         self.u = u

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from worldmodel import packed
 from worldmodel.packed import Linear, pack
 
 Row = dict[str, Any]
@@ -78,9 +79,21 @@ if torch.backends.mkldnn.is_available():
 
 def flops(call: Callable[[], Any]) -> int:
     """Floating-point operations of the matrix products, convolutions and attention in one call."""
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        call()
-    return counter.get_total_flops()
+    plain, halves = packed._half_product, [0]
+
+    def counted(x: Tensor, *rest: Any) -> Tensor:
+        assert plain is not None
+        y = plain(x, *rest)
+        halves.append(2 * x.numel() * y.shape[-1])
+        return y
+
+    packed._half_product = plain and counted  # the counter does not see this product
+    try:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+            call()
+    finally:
+        packed._half_product = plain
+    return counter.get_total_flops() + sum(halves)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import ablation, shapes, steps, training
+from benchmarks import ablation, dial, long_runs, shapes, steps, training
 from benchmarks.measure import Row, matrix_peak, table
 from worldmodel import WorldModel
 from worldmodel.errors import InputError
@@ -77,7 +77,9 @@ def sections(world: WorldModel, options: Options, peak: Row) -> dict[str, Sectio
         ),
         "baseline": Section(
             "against the plain sampler of the public code, batch 1, same weights",
-            "error: of x~ against the exact token-by-token inverse, relative RMS, both fed the exact past",
+            "error: of x~ against the exact token-by-token inverse, relative RMS, both fed the exact past\n"
+            "a call a chunk: the public code takes a past and returns frames, so each call first fills the cache (from u,\n"
+            "the cheapest way); given a state: as if its cache outlived the call; one clip: what it is made for, no world",
             lambda: steps.against_baseline(world, 10, 3 if quick else 9),
         ),
         "environment": Section("end to end", "", lambda: steps.environment(world, count)),
@@ -101,8 +103,22 @@ def sections(world: WorldModel, options: Options, peak: Row) -> dict[str, Sectio
             "floor: the sweep's FLOPs at the matrix peak; k sweeps and a commit, deep and shallow, and a denoised frame",
             lambda: shapes.by_shape(world.device, 2 if quick else 5, peak["peak gflops"]),
         ),
-        "endurance": Section(
-            "one long session", "", lambda: steps.endurance(world, 200 if quick else 10_000)
+        "tolerance": Section(
+            "the solver's tolerance: error against the exact inverse, Jacobi also where frames are short",
+            "a row stops when its squared change is below the tolerance, relative to its square: sqrt(tolerance) is the\n"
+            "relative RMS change of the last sweep. error: of x~, relative RMS; frames: |difference| in levels of 255",
+            lambda: dial.of_world(world, 4, 2 if quick else 8) + dial.of_long_frames(8, 2 if quick else 6),
+        ),
+        "latency": Section(
+            "a run of 500 steps of one session, decode and likelihood included",
+            "a step counts where the first of these happened: waiting, collection, restart, encoding",
+            lambda: long_runs.latency(world, 500),
+        ),
+        "memory": Section(
+            f"memory of one session of {400 if quick else 10_000} steps"
+            + (" (10000 without --quick)" if quick else ""),
+            "",
+            lambda: long_runs.memory(world, 400 if quick else 10_000),
         ),
     }
 

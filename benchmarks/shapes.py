@@ -108,7 +108,7 @@ def _of_shape(shape: Shape, device: torch.device, repeats: int, peak: float) -> 
             block.frame_parameters(v, shape.grid)
 
     def denoise() -> None:
-        flow.denoise(v[:, None].to(shape.dtype), shape.grid)
+        flow.denoise_newest(v[:, None].to(shape.dtype), shape.grid)
 
     for frames in tqdm(shape.contexts, desc=f"{shape.name} contexts", leave=False):
         context = flow.deep.reserve(_filled(flow, shape, frames, device))

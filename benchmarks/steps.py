@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-import resource
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from benchmarks.baseline import Baseline, exact
 from benchmarks.measure import Row, clocked, flops, interleaved, ms, seconds, timed
 from worldmodel import WorldModel
+from worldmodel.denoising import clean_frame
 from worldmodel.noise import SAMPLE, normal
 from worldmodel.packed import Linear, pack
 from worldmodel.state import WorldState
@@ -113,7 +115,7 @@ def by_stage(world: WorldModel, batch: int, count: int, peak: float) -> list[Row
     with ExitStack() as stack:
         stack.enter_context(timed(deep, ["invert", "solve", "commit"], spent))
         stack.enter_context(timed(world, ["_room"], spent))
-        stack.enter_context(timed(flow, ["imagine", "denoise"], spent))
+        stack.enter_context(timed(flow, ["imagine", "denoise_newest"], spent))
         stack.enter_context(timed(world.codec, ["decode"], spent))
         stack.enter_context(timed(world.heads, ["forward"], spent))
         walked = state
@@ -133,7 +135,7 @@ def by_stage(world: WorldModel, batch: int, count: int, peak: float) -> list[Row
         "deep": solve,
         "commit": commit,
         "shallow": mean["imagine"] - solve - commit,
-        "denoise": mean["denoise"],
+        "denoise": mean["denoise_newest"],
         "heads": mean["forward"],
         "decode": mean["decode"],
     }
@@ -181,7 +183,7 @@ def stage_flops(world: WorldModel, state: WorldState, action: Any) -> dict[str, 
     with torch.no_grad():
         decode = flops(lambda: world.codec.decode(latent, state.codec))
         denoise = flops(
-            lambda: flow.denoise(
+            lambda: flow.denoise_newest(
                 state.noisy,
                 world.grid,
                 None,
@@ -257,25 +259,36 @@ def forks(world: WorldModel, branches: int, repeats: int) -> list[Row]:
 
 
 def planning(world: WorldModel, branches: Sequence[int], depth: int, repeats: int, decode: bool) -> list[Row]:
-    """Branch-chunks a second: N branches of one state, ``depth`` chunks deep, forks included."""
+    """Branch-chunks a second: N branches of one state, ``depth`` chunks deep, forks included, on one core and on all.
+
+    The ratio is to one branch at its own best number of threads.
+    """
     state, _ = world.reset([0])
     state, _, _ = walk(world, state, 6, "plan")
+    before = torch.get_num_threads()
+    ways = [(n, threads) for n in branches for threads in sorted({1, os.cpu_count() or 1})]
 
-    def plan(n: int) -> None:
+    def plan(n: int, threads: int) -> None:
+        torch.set_num_threads(threads)
         walk_on, action = state.fork(n), random_actions(world, n)
         for _ in range(depth):
             walk_on, _ = world.step(walk_on, action, decode=decode)
 
-    times = interleaved({str(n): partial(plan, n) for n in branches}, repeats, "planning")
-    rates = {n: n * depth / float(np.median(times[str(n)])) for n in branches}
+    try:
+        times = interleaved({f"{n} {t}": partial(plan, n, t) for n, t in ways}, repeats, "planning")
+    finally:
+        torch.set_num_threads(before)
+    rates = {(n, t): n * depth / float(np.median(times[f"{n} {t}"])) for n, t in ways}
+    first = max(rate for (n, _), rate in rates.items() if n == branches[0])
     return [
         {
             "branches": n,
+            "threads": threads,
             "frames": decode,
-            "branch-chunks/s": rates[n],
-            "x one branch": rates[n] / rates[branches[0]],
+            "branch-chunks/s": rate,
+            "x one branch": rate / first,
         }
-        for n in branches
+        for (n, threads), rate in rates.items()
     ]
 
 
@@ -290,12 +303,6 @@ def against_baseline(world: WorldModel, count: int, repeats: int) -> list[Row]:
     state, begun = world.reset([0])
     action = random_actions(world, 1)
     _, features = world._action(action, 1)
-    temperature = world.spec.sampling.temperature
-
-    def noise_of(at: WorldState) -> Tensor:
-        noise = normal(at.seeds, at.branches, at.steps, SAMPLE, world.latent_shape) * temperature
-        return world.flow.tokens(noise[:, None].to(world.device))[:, 0]
-
     window = world.flow.config.window
     steps = min(count, window - int(state.context_frames[0]))
     ours, errors, shown = [], [], []
@@ -304,13 +311,14 @@ def against_baseline(world: WorldModel, count: int, repeats: int) -> list[Row]:
     for _ in range(steps):
         states.append(walked)
         walked, chunk = world.step(walked, action)
-        reference_u, reference = exact(world.flow, states[-1].context, noise_of(states[-1]), features)
+        reference_u, reference = exact(world.flow, states[-1].context, noise_of(world, states[-1]), features)
         mine = walked.noisy[:, -1:]
-        ours.append(_relative(mine, reference))
+        ours.append(relative(mine, reference))
         base = _replay(world, plain, states[-1], window)
-        base.step(noise_of(states[-1]), features)
-        errors.append(_relative(base.noisy[-1][:, None], reference))
-        shown.append(_levels(world, walked, chunk, reference))
+        base.step(noise_of(world, states[-1]), features)
+        errors.append(relative(base.noisy[-1][:, None], reference))
+        different = (frames_of(world, walked, reference).float() - chunk.frames.float()).abs()
+        shown.append(float(torch.quantile(different.flatten(), 0.99)))
 
     def product(decode: bool = True) -> None:
         s = state
@@ -320,18 +328,28 @@ def against_baseline(world: WorldModel, count: int, repeats: int) -> list[Row]:
     def stepped() -> None:
         base = _replay(world, plain, state, window)
         for i in range(steps):
-            base.step(noise_of(states[i]), features)
+            base.step(noise_of(world, states[i]), features)
+            base.decode(codec, base.clean())
+
+    def called() -> None:
+        for at in states:
+            base = _replay(world, plain, at, window)
+            base.step(noise_of(world, at), features)
             base.decode(codec, base.clean())
 
     def offline() -> None:
         base = _replay(world, plain, state, window)
         for i in range(steps):
-            base.step(noise_of(states[i]), features)
+            base.step(noise_of(world, states[i]), features)
         base.decode(codec, base.clean())
 
-    times = interleaved(
-        {"step": product, "baseline, stepped": stepped, "baseline, one clip": offline}, repeats, "baseline"
-    )
+    ways = {
+        "step": product,
+        "baseline, a call a chunk": called,
+        "baseline, given a state": stepped,
+        "baseline, one clip": offline,
+    }
+    times = interleaved(ways, repeats, "baseline")
     own = float(np.median(times["step"]))
     rows = []
     for name, t in times.items():
@@ -353,27 +371,30 @@ def against_baseline(world: WorldModel, count: int, repeats: int) -> list[Row]:
 def _replay(world: WorldModel, plain: nn.Module, state: WorldState, window: int) -> Baseline:
     """A baseline that has seen what the state has."""
     base = Baseline(plain, state.rows, world.grid, window)  # type: ignore[arg-type]
-    seen = int(state.context_frames[0])
-    for i in range(seen, 0, -1):
-        features = None if state.context.features is None else state.context.features[:, -i][:, None]
-        noisy = state.noisy[:, -i] if i <= state.noisy.shape[1] else state.context.u[:, -i]
-        base.observe(state.context.u[:, -i], noisy, features)
+    seen, kept = int(state.context_frames[0]), state.noisy.shape[1]
+    u, features = state.context.u[:, -seen:], state.context.features
+    noisy = torch.cat((u[:, : max(0, seen - kept)], state.noisy[:, -min(seen, kept) :]), dim=1)
+    base.observe(u, noisy, None if features is None else features[:, -seen:])
     return base
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
+def noise_of(world: WorldModel, state: WorldState) -> Tensor:
+    """The noise tokens (B, N, D) of the sessions' next chunk."""
+    noise = normal(state.seeds, state.branches, state.steps, SAMPLE, world.latent_shape)
+    return world.flow.tokens((noise * world.spec.sampling.temperature)[:, None].to(world.device))[:, 0]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Root mean square of a - b, relative to that of b."""
     return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
 
 
-def _levels(world: WorldModel, after: WorldState, chunk: Chunk, exact_noisy: Tensor) -> float:
-    """99th percentile of |frames - frames of the exact inverse|."""
-    noisy = torch.cat((after.noisy[:, :-1], exact_noisy), dim=1)
-    seen = min(int(after.steps.max()), noisy.shape[1])
-    features = None if after.context.features is None else after.context.features[:, -seen:]
+def frames_of(world: WorldModel, after: WorldState, exact_noisy: Tensor) -> Tensor:
+    """The frames that the chunk behind the state ``after`` has where its noisy tokens are these, (B, 1, N, D)."""
+    swapped = replace(after, noisy=torch.cat((after.noisy[:, :-1], exact_noisy), dim=1))
     with torch.no_grad():
-        clean = world.flow.denoise(noisy[:, -seen:], world.grid, None, features)[:, -1:]
-        frames, _ = world.codec.decode(world.flow.latents(clean, world.grid), {})
-    return float(torch.quantile((frames.float() - chunk.frames.float()).abs().flatten(), 0.99))
+        latent = world.flow.latents(clean_frame(world.flow, world.grid, swapped), world.grid)
+        return world.codec.decode(latent, {})[0]
 
 
 def environment(world: WorldModel, count: int) -> list[Row]:
@@ -403,30 +424,4 @@ def environment(world: WorldModel, count: int) -> list[Row]:
             "p50 ms": ms(times),
         }
     )
-    return rows
-
-
-def endurance(world: WorldModel, count: int) -> list[Row]:
-    """One session of ``count`` steps: its memory, and the latency of the steps that restart the window."""
-    state, _ = world.reset([0])
-    state, _, _ = walk(world, state, 40, "endurance")
-    rows: list[Row] = []
-    for part in range(4):
-        state, times, _ = walk(world, state, count // 4, f"endurance {part + 1}/4")
-        pages = sum(
-            s.page.kv.numel() * s.page.kv.element_size()
-            for c in state.context.cache.cohorts
-            for s in c.segments
-        )
-        rows.append(
-            {
-                "steps": (part + 1) * (count // 4),
-                "p50 ms": ms(times),
-                "p99 ms": ms(times, 99),
-                "p99/p50": ms(times, 99) / ms(times),
-                "state kB": state.nbytes / 1e3,
-                "pages kB": pages / 1e3,
-                "peak RSS MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
-            }
-        )
     return rows

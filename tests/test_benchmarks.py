@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import baseline, steps
-from benchmarks.ablation import jacobi_and_commit, plain_weights
+from benchmarks import baseline, dial, long_runs, steps
+from benchmarks.ablation import float32_weights, jacobi_and_commit, plain_weights, window_denoised
 from benchmarks.baseline import Baseline, exact
 from benchmarks.measure import flops, table
 from benchmarks.report import Options, run
@@ -18,7 +20,8 @@ from tests.sessions import actions, features, small_world
 from tests.toy import write_toy
 from worldmodel.errors import InputError
 from worldmodel.flow import flow as flow_module
-from worldmodel.packed import Linear, is_packed, pack
+from worldmodel.packed import Linear, is_packed, multiplies_halves, pack
+from worldmodel.sampling import Sampling
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1e-3])
@@ -38,6 +41,15 @@ def test_the_baseline_samples_the_same_model(threshold: float, monkeypatch: pyte
         noisy.append(x)
         error = (sampler.noisy[-1] - x[:, 0]).abs().max()
         assert error < 1e-4 if threshold == 0.0 else error < 0.5
+    seen = Baseline(world.flow, 2, world.grid, 6)  # the same frames in one pass, and one more
+    seen.observe(context.u[:, -5:], torch.cat(noisy, dim=1), a)
+    w = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(9))
+    for each in (sampler, seen):
+        each.step(w, a[:, :1])
+    error = (sampler.noisy[-1] - seen.noisy[-1]).abs().max()
+    assert error < 1e-4 if threshold == 0.0 else error < 0.5
+    for kept in (sampler.noisy, sampler.features):
+        kept.pop()
     if threshold == 0.0:
         clean = world.flow.denoise(torch.cat(noisy, dim=1), world.grid, None, a)
         assert torch.allclose(sampler.clean(), clean, atol=1e-4)
@@ -47,8 +59,10 @@ def test_the_baseline_samples_the_same_model(threshold: float, monkeypatch: pyte
 
 
 def test_flops_of_packed_and_plain_products_are_those_of_the_formula() -> None:
-    for packed in (False, True):
+    for packed, halves in ((False, False), (True, False), (True, True)):
         linear = Linear(32, 64).requires_grad_(False)
+        if halves:
+            linear.weight.copy_(linear.weight.half())
         conv = nn.Conv2d(4, 8, 3, padding=1).requires_grad_(False)
         if packed:
             pack(linear)
@@ -72,13 +86,26 @@ def test_switches_switch_and_switch_back() -> None:
         _, other = world.step(state, action)
     assert few == flow_module.ONE_BY_ONE
     assert torch.allclose(chunk.latent, other.latent, atol=1e-4)
+    with window_denoised():
+        _, whole = world.step(state, action)
+    assert torch.allclose(chunk.latent, whole.latent, atol=1e-5)
+    halved = copy.copy(world)
+    halved.flow = copy.deepcopy(world.flow)
+    for weight in halved.flow.parameters():
+        weight.copy_(weight.half())
+    full = float32_weights(halved)
+    assert torch.allclose(full.step(state, action)[1].latent, halved.step(state, action)[1].latent, atol=1e-4)
+    if multiplies_halves() and is_packed(world.flow):
+        layers = [[m for m in w.flow.deep.modules() if isinstance(m, Linear)] for w in (halved, full)]
+        assert any(m._half for m in layers[0]) and not any(m._half for m in layers[1])
     plain = plain_weights(world)
     if is_packed(world.flow.deep):
         assert not is_packed(plain.flow.deep)
     assert torch.allclose(plain.step(state, action)[1].latent, chunk.latent, atol=1e-4)
 
 
-def test_stages_add_up_and_forks_are_small() -> None:
+def test_stages_add_up_and_forks_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
     world = small_world()
     rows = {row["stage"]: row for row in steps.by_stage(world, 1, 2, 100.0)}
     parts = [
@@ -86,8 +113,46 @@ def test_stages_add_up_and_forks_are_small() -> None:
     ]
     assert sum(parts) + rows["heads"]["ms"] == pytest.approx(rows["step"]["ms"], rel=1e-6)
     assert rows["deep"]["MFLOP"] > 0
+    plans = steps.planning(world, [1, 4], 2, 1, False)
+    assert {row["branches"] for row in plans} == {1, 4} and plans[0]["x one branch"] == 1
     fork, copy = steps.forks(world, 8, 1)
     assert fork["bytes a branch"] < copy["bytes a branch"] / 10
+
+
+def test_the_dial_bounds_the_error_against_the_exact_inverse() -> None:
+    world = small_world()
+    for rows in (dial.of_world(world, 2, 2), dial.of_long_frames(4, 2)):
+        assert [row["tolerance"] for row in rows if row["default"]] == [Sampling().tolerance]
+        assert all(row["error of x~"] <= row["worst"] <= row["sqrt"] + 1e-5 for row in rows)
+        sweeps = [row["sweeps"] for row in rows]
+        assert sweeps == sorted(sweeps) and rows[0]["error of x~"] >= rows[-1]["error of x~"]
+        levels = [row["frames, p99 levels"] for row in rows if row["default"]]
+        assert levels[0] is None or levels[0] <= 1
+    assert rows[0]["error of x~"] > 1e-3 and rows[0]["sweeps"] < rows[-1]["sweeps"] == 16
+
+
+def test_latency_is_told_by_what_happened() -> None:
+    wall = np.array([1.0, 1.0, 1.0, 4.0, 3.0])
+    cpu = np.array([1.0, 1.0, 1.0, 1.0, 3.0])
+    rows = {r["steps in which"]: r for r in long_runs.by_cause(wall, cpu, ["a", "a", "b", "b", "b"])}
+    assert {name: row["steps"] for name, row in rows.items()} == {
+        "all": 5,
+        "a": 2,
+        "b": 2,
+        long_runs.WAITING: 1,
+    }
+    assert rows["all"]["over 1.5 p50"] == 2 and rows[long_runs.WAITING]["p50 ms"] == 4000
+    assert rows["all"]["CPU p99/p50"] < rows["all"]["p99/p50"]
+    world = small_world()
+    assert sum(row["steps"] for row in long_runs.latency(world, 30)[1:]) == 30
+
+
+def test_memory_of_a_session_is_flat() -> None:
+    rows = long_runs.memory(small_world(), 48, 4)
+    assert [row["steps"] for row in rows] == [0, 12, 24, 36, 48]
+    assert len({row["state kB"] for row in rows}) <= small_world().flow.config.window
+    assert max(row["pages kB"] for row in rows[1:]) <= 2 * max(row["pages kB"] for row in rows[:2])
+    assert all(row["process MB"] > 10 for row in rows)
 
 
 def test_reports_as_tables_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from worldmodel.packed import Conv2d, Linear, PointConv2d, is_packed, pack
+from worldmodel.packed import Conv2d, Linear, PointConv2d, is_packed, multiplies_halves, pack
 
 COUNTS = (1, 2, 3, 4, 7, 33, 128)
 packs = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch cannot pack")
 
 
-def network() -> nn.ModuleDict:
+def network(halves: bool = False) -> nn.ModuleDict:
+    """``halves``: its weights are float16 numbers, as those of the worlds that ship."""
     torch.manual_seed(0)
     parts = {
         "linear": nn.Linear(24, 48),
@@ -23,12 +24,16 @@ def network() -> nn.ModuleDict:
         "conv": nn.Conv2d(8, 16, 3, padding=1),
         "point": PointConv2d(8, 24),
     }
-    return nn.ModuleDict(parts).requires_grad_(False)
+    net = nn.ModuleDict(parts).requires_grad_(False)
+    for weight in net.parameters() if halves else ():
+        weight.copy_(weight.half())
+    return net
 
 
 @packs
-def test_packing_keeps_the_maps_and_the_names() -> None:
-    plain, packed = network(), network()
+@pytest.mark.parametrize("halves", [False, True])
+def test_packing_keeps_the_maps_and_the_names(halves: bool) -> None:
+    plain, packed = network(halves), network(halves)
     pack(packed)
     assert not is_packed(plain) and is_packed(packed)
     assert list(packed.state_dict()) == list(plain.state_dict())
@@ -42,10 +47,23 @@ def test_packing_keeps_the_maps_and_the_names() -> None:
         assert torch.allclose(packed[name](pictures), plain[name](pictures), atol=1e-5)
 
 
+def test_only_numbers_of_float16_are_multiplied_in_it() -> None:
+    for halves in (False, True):
+        linear = network(halves)["linear"]
+        pack(linear)
+        x = torch.randn(3, 24)
+        y = linear(x)
+        assert linear._half == (halves and multiplies_halves())
+        assert torch.allclose(
+            y, F.linear(x.double(), linear.weight.double(), linear.bias.double()).float(), atol=1e-6
+        )
+
+
 @packs
+@pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("count", COUNTS)
-def test_a_row_is_the_same_in_any_batch(count: int) -> None:
-    parts = network()
+def test_a_row_is_the_same_in_any_batch(count: int, halves: bool) -> None:
+    parts = network(halves)
     pack(parts)
     torch.manual_seed(1)
     x, pictures = torch.randn(200, 24), torch.randn(128, 8, 6, 6)

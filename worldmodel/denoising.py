@@ -22,13 +22,13 @@ def clean_frame(flow: Flow, grid: tuple[int, int], state: WorldState) -> Tensor:
         here, counts = rows.to(device), steps[rows]
         back = int(counts.max())
         valid = torch.arange(back)[None] >= back - counts[:, None]
-        return flow.denoise(
+        return flow.denoise_newest(
             state.noisy[here, -back:],
             grid,
             None if text is None else text[here],
             None if features is None else features[here, -back:],
             None if bool(valid.all()) else valid.to(device),
-        )[:, -1:]
+        )
 
     if text is None:
         return denoise(torch.arange(state.rows))

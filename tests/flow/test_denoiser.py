@@ -72,3 +72,24 @@ def test_actions_reach_the_denoiser_at_their_own_frame() -> None:
     changed[:, 3] += 1.0
     moved = (flow.denoise(x, GRID, None, features) != flow.denoise(x, GRID, None, changed)).any(-1).any(-1)
     assert moved[0].tolist() == [False, False, False, True, True, False]
+
+
+@pytest.mark.parametrize(("ahead", "window"), [(1, 0), (1, 1), (1, 2), (2, 1), (2, 3), (3, 1)])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_newest_frame_alone_is_the_last_of_all(ahead: int, window: int, layers: int) -> None:
+    flow = flow64(seed=3, denoiser_look_ahead=ahead, denoiser_window=window, denoiser_layers=layers)
+    x, features = draw(2, FRAMES, TOKENS, DIM), draw(2, FRAMES, 3, seed=2)
+    valid = torch.tensor([[True] * FRAMES, [False] * 4 + [True] * (FRAMES - 4)])
+    for mask in (None, valid):
+        every = flow.denoise(x, GRID, None, features, mask)[:, -1:]
+        assert (flow.denoise_newest(x, GRID, None, features, mask) - every).abs().max() < 1e-6
+
+
+def test_the_newest_frame_alone_sees_the_prompt_as_in_the_clip() -> None:
+    flow = flow64(
+        seed=3, text_tokens=3, text_dim=5, denoiser_look_ahead=2, denoiser_window=2, denoiser_layers=3
+    )
+    x, text = draw(2, FRAMES, TOKENS, DIM), draw(2, 3, 5, seed=4)
+    every = flow.denoise(x, GRID, text)[:, -1:]
+    assert (flow.denoise_newest(x, GRID, text) - every).abs().max() < 1e-6
+    assert (flow.denoise(x, GRID, -text)[:, -1:] - every).abs().max() > 1e-4

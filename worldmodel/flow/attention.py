@@ -185,6 +185,19 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=dense, is_causal=causal)
         return self.out.plus(rearrange(out, "b h s k -> b s (h k)"), x_BSD)
 
+    def newest(self, x_BSD: Tensor, turns_SK: Tensor, mask: Tensor, asking: int) -> Tensor:
+        """The last ``asking`` tokens, (B, asking, D), after they attended to all of x. Inference only.
+
+        turns (S, K / 2): see `rope.turns`. ``mask`` (..., S', S'), added to logits, of a sequence that ends as x does.
+        """
+        rows, tokens = x_BSD.shape[:2]
+        y = _at_least_float32(self.qkv(self.norm(x_BSD))).view(rows, tokens, 3, self.heads, -1, 2)
+        torch.view_as_complex(y)[:, :, :2].mul_(turns_SK[:, None, None])
+        q, k, v = y.flatten(-2).to(x_BSD.dtype).permute(2, 0, 3, 1, 4)
+        seen = mask[..., -asking:, -tokens:]
+        out = F.scaled_dot_product_attention(q[:, :, -asking:], k, v, attn_mask=seen)
+        return self.out.plus(out.transpose(1, 2).flatten(2), x_BSD[:, -asking:].contiguous())
+
     def extend(self, x_BRD: Tensor, run: Run, layer: int) -> Tensor:
         """A run (B, streams * R, D) behind the cached past; its K/V go into the run's slots. Inference only."""
         rows, tokens = x_BRD.shape[:2]

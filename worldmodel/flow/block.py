@@ -5,6 +5,7 @@ A token's way: projection in -> pre-norm layers (rotary attention, GELU MLP) -> 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -108,6 +109,15 @@ class Transformer(nn.Module):
         for module in self.layers:
             layer = cast(Layer, module)
             x = layer.mlp(layer.attention(x, rotary, mask))
+        return x
+
+    def newest(self, x: Tensor, turns: Tensor, mask: Tensor, asking: Sequence[int]) -> Tensor:
+        """The layers alone, for the last tokens of whole sequences (B, S, D): each layer goes on with its last
+        ``asking`` ones. turns (S, K / 2), ``mask`` (..., S, S): see `Attention.newest`. Inference only.
+        """
+        for module, count in zip(self.layers, asking, strict=True):
+            layer = cast(Layer, module)
+            x = layer.mlp(layer.attention.newest(x, turns[-x.shape[1] :], mask, count))
         return x
 
     def extend(self, x: Tensor, run: Run) -> Tensor:

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from worldmodel.flow.block import Transformer
-from worldmodel.flow.rope import concat_rotary, frame_rotary, text_rotary
+from worldmodel.flow.rope import Rotary, concat_rotary, frame_rotary, text_rotary, turns
 
 SCORE_SCALE = 0.3
 """``x = x~ - 0.3 s(x~)``: the training loss is scaled by ``sigma_n / 0.3``, so this is Tweedie's step
@@ -32,6 +32,11 @@ def frame_mask(
     mask[text:, text:] = among
     mask[:text, text:] = index[None] <= look_ahead - 1
     return mask.to(device)
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to logits for a boolean mask: 0 or -inf."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
 class Denoiser(nn.Module):
@@ -61,14 +66,48 @@ class Denoiser(nn.Module):
 
         ``valid`` (B, T) bool marks the frames that exist in a right-aligned batch of unequal lengths.
         """
+        frames, tokens = noisy.shape[1:3]
+        x, rotary, mask = self._sequence(noisy, grid, text, features, valid)
+        out = self.transformer.head(self.transformer.run(x, rotary, mask))[:, -frames * tokens :]
+        return rearrange(out, "b (t n) d -> b t n d", n=tokens)
+
+    def newest_score(
+        self,
+        noisy: Tensor,
+        grid: tuple[int, int],
+        text: Tensor | None,
+        features: Tensor | None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """The last frame of `score`, (B, 1, N, D): each layer computes only what the last frame depends on."""
+        frames, tokens = noisy.shape[1:3]
+        t, layers = self.transformer, len(self.transformer.layers)
+        x, rotary, mask = self._sequence(noisy, grid, text, features, valid)
+        back = max(0, self.window - self.look_ahead + 1)
+        reach = [min(frames, 1 + back * (layers - 1 - i)) * tokens for i in range(layers)]
+        if x.shape[1] > frames * tokens:  # the condition's rows look at the first frames
+            reach = [x.shape[1]] * (layers - 1) + reach[-1:]
+        out = t.newest(x, turns(rotary), _added(mask, x.dtype), reach) if layers else x
+        return t.head(out[:, -tokens:])[:, None]
+
+    def _sequence(
+        self,
+        noisy: Tensor,
+        grid: tuple[int, int],
+        text: Tensor | None,
+        features: Tensor | None,
+        valid: Tensor | None,
+    ) -> tuple[Tensor, Rotary, Tensor]:
+        """Embedded tokens (B, S, D), the condition's in front, their positions, and who sees whom."""
         t = self.transformer
         _, frames, tokens, _ = noisy.shape
         flat = rearrange(noisy, "b t n d -> b (t n) d")
         spread = None if features is None else features.repeat_interleave(tokens, dim=1)
         x = t.embed(flat, spread)
         rotary = frame_rotary(grid, 0, frames, self.scale, t.head_dim, x.device)
-        length = 0 if text is None else text.shape[1]
+        length = 0
         if text is not None and t.proj_text is not None:
+            length = text.shape[1]
             rotary = concat_rotary(text_rotary(length, 0, self.scale, t.head_dim, x.device), rotary)
             x = torch.cat((t.embed_text(text), x), dim=1)
         mask = frame_mask(frames, tokens, length, self.look_ahead, self.window, x.device)
@@ -78,5 +117,4 @@ class Denoiser(nn.Module):
             )
             itself = torch.eye(mask.shape[0], dtype=torch.bool, device=mask.device)
             mask = ((mask & keys[:, None, :]) | itself)[:, None]
-        out = t.head(t.run(x, rotary, mask))[:, length:]
-        return rearrange(out, "b (t n) d -> b t n d", n=tokens)
+        return x, rotary, mask

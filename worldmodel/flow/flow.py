@@ -323,3 +323,15 @@ class Flow(nn.Module):
     ) -> Tensor:
         """Noisy tokens (B, T, N, D) to clean ones: ``x~ - 0.3 s(x~)``; see `Denoiser.score`."""
         return x - SCORE_SCALE * self.denoiser.score(x, grid, text, features, valid)
+
+    @torch.no_grad()
+    def denoise_newest(
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        text: Tensor | None = None,
+        features: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """The last frame of `denoise`, (B, 1, N, D)."""
+        return x[:, -1:] - SCORE_SCALE * self.denoiser.newest_score(x, grid, text, features, valid)
