@@ -120,7 +120,7 @@ def held_bytes(state: WorldState) -> int:
 class Session:
     """An environment: its options, where its state is, its current chunk and its random stream.
 
-    chunk, row: the chunk with its maps and latents, of all the sessions of its round, and which one is this.
+    chunk: the chunk (B = 1) with its maps and latents, sharing no memory with those of other sessions.
     """
 
     world: WorldModel
@@ -129,7 +129,6 @@ class Session:
     slot: Slot
     turn: Turn
     chunk: Chunk
-    row: int
     rng: np.random.Generator
 
     def snapshot(self) -> Snapshot:
@@ -137,7 +136,7 @@ class Session:
         return Snapshot(
             self.slot.state(),
             self.turn,
-            chunk_rows(self.chunk, [self.row]),
+            self.chunk,
             dict(copy.deepcopy(self.rng.bit_generator.state)),
             self.world.fingerprint,
         )
@@ -292,7 +291,7 @@ class WorldBackend:
         rng = seeding.np_random(None)[0]
         bare: Any = None
         horizon = check_max_chunks(given.get("max_chunks"))
-        return Session(load_world(self.world, options), options, horizon, bare, bare, bare, 0, rng)
+        return Session(load_world(self.world, options), options, horizon, bare, bare, bare, rng)
 
     def _start_row(self, job: Job, session: Session) -> Row | Outcome:
         """A session's first chunk; see `WorldModelEnv.reset`."""
@@ -308,9 +307,7 @@ class WorldBackend:
             state, turn, chunk, rng = continue_snapshot(
                 session.world, source["snapshot"], session.options, None if seed is None else rng
             )
-            return self._enter(
-                job, replace(session, slot=_one(state), turn=turn, chunk=chunk, row=0, rng=rng)
-            )
+            return self._enter(job, replace(session, slot=_one(state), turn=turn, chunk=chunk, rng=rng))
         start = choose_start(session.world, source, rng)
         key = ("start", session.world.spec.sampling)
         return Row(job, key, replace(session, rng=rng), start=start, seed=session_seed(rng))
@@ -450,14 +447,15 @@ class WorldBackend:
         finished: list[Finished] = []
         entered: list[tuple[Job, Session, Outcome]] = []
         for i, (row, b) in enumerate(zip(rows, place, strict=True)):
+            alone = chunk if len(rows) == 1 else chunk_rows(chunk, [b])
             if row.plan is not None:
-                finished += self._advance(row.plan, slots[b], chunk_rows(chunk, [b]))
+                finished += self._advance(row.plan, slots[b], alone)
                 continue
             old = row.session
-            turn = turns(_only(chunk, b), [counts[i]], [old.max_chunks], old.options)[0]
+            turn = turns(alone, [counts[i]], [old.max_chunks], old.options)[0]
             if row.key[0] == "observe":
                 turn = replace(turn, shown=len(turn.frames))
-            after = replace(old, slot=slots[b], turn=turn, chunk=chunk, row=b)
+            after = replace(old, slot=slots[b], turn=turn, chunk=alone)
             action = None if row.action is None else _first(row.action)
             entered.append((row.job, after, self._show(after, row.job.request, action)))
         for job, session, outcome in entered:
@@ -501,7 +499,7 @@ class WorldBackend:
             observation = new[0]
         arrays = {"observation": observation}
         for name in request.args.get("want", ()):
-            value = getattr(session.chunk, name)[session.row].cpu().numpy()
+            value = getattr(session.chunk, name)[0].cpu().numpy()
             arrays[name] = turn.frames if name == "frames" else value
         result = {"reward": float(reward), "terminated": terminated, "truncated": truncated, "info": info}
         return Outcome(result, arrays, new, action)
@@ -518,11 +516,6 @@ def _sessions(jobs: Sequence[Job]) -> list[bytes]:
 def _name(job: Job) -> bytes:
     """The session that a job makes or changes."""
     return job.made[0] if job.request.op == "create" else job.request.session or b""
-
-
-def _only(chunk: Chunk, b: int) -> Chunk:
-    """One session of a chunk, in memory of its own."""
-    return chunk if len(chunk.log_prob) == 1 else chunk_rows(chunk, [b])
 
 
 def _stream(seed: int) -> np.random.Generator:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection as Pipe
@@ -19,6 +20,26 @@ import numpy as np
 from envs.serving.client import RemoteEnv
 from envs.serving.protocol import Request
 from envs.serving.worker import Finished, Job, Outcome
+
+PATIENCE = 60.0  # seconds that a busy machine may take for what takes none
+
+
+class Clock:
+    """A server's clock, which a test puts forward by as many seconds as ``ahead`` says."""
+
+    ahead = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    """Wait for something that must come about, however slow the machine is."""
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.01)
+
 
 SERVE = [sys.executable, "-m", "worldmodel", "serve"]
 

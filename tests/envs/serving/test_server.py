@@ -25,6 +25,7 @@ from envs.serving.protocol import Reply, encode_action
 from envs.serving.server import WorldServer
 from envs.serving.sessions import Limits
 from envs.serving.world_backend import SCORED, WorldBackend, held_bytes, together
+from tests.envs.serving.machines import Clock, eventually
 from tests.envs.serving.wire import STILL, Wire
 from worldmodel import WorldModel
 
@@ -343,25 +344,51 @@ def test_a_fault_in_one_row_is_that_rows_alone(
 
 
 # ---- limits ---------------------------------------------------------------------------------------------------
-def test_leases(null: Wire) -> None:
-    with (
-        WorldServer(NullBackend(), "tcp://127.0.0.1:*", limits=Limits(lease=0.6)) as server,
-        Wire(server.url) as wire,
-    ):
+def test_leases(clock: Clock) -> None:
+    backend = NullBackend()
+    with WorldServer(backend, "tcp://127.0.0.1:*") as server, Wire(server.url) as wire:
+
+        def left(sessions: int, snapshots: int) -> bool:
+            said = wire.result("stats")
+            return bool(said["sessions"] == sessions and said["snapshots"] == snapshots)
+
         session, other = wire.create(), wire.create()
-        snapshot = wire.result("snapshot", session=other)["snapshot"]
-        for _ in range(5):
-            time.sleep(0.25)
-            assert wire.result("renew", args={"sessions": [session]})["missing"] == []
+        snapshot, forgotten = (wire.result("snapshot", session=other)["snapshot"] for _ in range(2))
+        held = {"sessions": [session], "snapshots": [snapshot]}
+        for _ in range(3):
+            clock.ahead += 25.0
+            assert wire.result("renew", args=held)["missing"] == []
+        eventually(lambda: left(1, 1))  # the others' 60 s are over
         assert wire.step(session, 1).error is None
         assert wire.refused("attach", session=other) == "expired"
-        assert wire.result("stats")["snapshots"] == 1
-        time.sleep(1.6)
-        assert wire.refused("step", session=session, seq=2, arrays=STILL) == "expired"
-        assert wire.refused("restore", session=session, seq=2, args={"snapshot": snapshot}) == "expired"
+        assert wire.refused("restore", session=session, seq=2, args={"snapshot": forgotten}) == "no_session"
+        clock.ahead += 50.0
+        assert wire.ask("restore", session=session, seq=2, args={"snapshot": snapshot}).error is None
+        clock.ahead += 50.0  # being restored renewed it
+        assert left(1, 1)
+        clock.ahead += 20.0
+        eventually(lambda: left(0, 0))
+        assert wire.refused("step", session=session, seq=3, arrays=STILL) == "expired"
         assert wire.refused("create", args={"snapshot": snapshot}) == "no_session"
-        assert not server.worker._backend.counts  # type: ignore[attr-defined]
-        assert not server.worker._backend.snapshots  # type: ignore[attr-defined]
+        missing = wire.result("renew", args=held)["missing"]
+        assert missing == [session, snapshot]
+        eventually(lambda: not backend.counts and not backend.snapshots)
+
+
+def test_a_snapshot_is_given_back_once() -> None:
+    """However many requests discard it at the same time: the memory of others is not given away."""
+    limits = Limits(memory=3000)
+    with WorldServer(NullBackend(seconds=0.1), "tcp://127.0.0.1:*", limits=limits) as server:
+        with Wire(server.url) as wire:
+            session = wire.create()
+            snapshot = wire.result("snapshot", session=session)["snapshot"]
+            for _ in range(3):
+                wire.send("discard", args={"snapshot": snapshot})
+            for _ in range(3):
+                wire.reply()
+            wire.create()
+            wire.create()
+            assert wire.refused("create") == "busy"
 
 
 def test_sessions_of_a_server_that_is_gone_are_lost(null: Wire) -> None:
