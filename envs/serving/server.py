@@ -98,7 +98,6 @@ class WorldServer:
         self._began = time.monotonic()
         self._beat = self._began
         self._next_tick = 0.0
-        self._next_idle = 0.0
         self._base = resident_bytes()
         self._draining: float | None = None
         self._thread: threading.Thread | None = None

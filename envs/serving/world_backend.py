@@ -19,6 +19,7 @@ import numpy as np
 from gymnasium.utils import seeding
 
 from envs.options import EnvOptions, batch_of_one, check_max_chunks, load_world
+from envs.serving.health import trim_memory
 from envs.serving.protocol import (
     IMAGINED,
     MAX_DRAWS,
@@ -46,6 +47,7 @@ from envs.turn import (
 from worldmodel import Chunk, InputError, WorldModel, WorldState
 from worldmodel.condition.spaces import pack_actions, prompts_of
 
+TRIM = 10.0  # seconds at least from one return of freed memory to the next
 SCORED = ("log_prob", "rate", "bits_per_dim", "action_gain", "noise_square")
 
 
@@ -108,12 +110,22 @@ def together(slots: Sequence[Slot]) -> tuple[WorldState, list[int]]:
     return joined, [order.index(i) for i in range(len(slots))]
 
 
-def held_bytes(state: WorldState) -> int:
-    """Bytes that a state keeps alive: whole pages, not just what is in view."""
+def page_bytes(state: WorldState) -> int:
+    """Bytes of K/V that a state keeps alive: whole pages, not just what is in view."""
     segments = [s for cache in state.caches().values() for c in cache.cohorts for s in c.segments]
-    pages = {s.page.kv.untyped_storage().data_ptr(): s.page.kv.untyped_storage().nbytes() for s in segments}
+    storages = [s.page.kv.untyped_storage() for s in segments]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def held_bytes(state: WorldState) -> int:
+    """Bytes that a state keeps alive."""
     others = [state.noisy, state.latent, state.context.u, *state.codec.values()]
-    return sum(pages.values()) + sum(t.untyped_storage().nbytes() for t in others)
+    return page_bytes(state) + sum(t.untyped_storage().nbytes() for t in others)
+
+
+def row_bytes(first: WorldState) -> int:
+    """Bytes that the state of one session comes to hold, from its first one; the next window needs pages as this does."""
+    return held_bytes(first) + (0 if first.context.ahead is None else page_bytes(first))
 
 
 @dataclass(frozen=True)
@@ -192,8 +204,10 @@ class WorldBackend:
         self._sessions: dict[bytes, Session] = {}
         self._snapshots: dict[bytes, Session] = {}
         self._plans: list[Imagination] = []
-        self._row_bytes = held_bytes(world.reset([0])[0].gathered())
-        self.session_bytes = self._row_bytes + 2 * math.prod(world.frames_shape)
+        self._row_bytes = row_bytes(world.reset([0])[0].gathered())
+        self.session_bytes = 2 * self._row_bytes + 2 * math.prod(world.frames_shape)  # see `Batch.thin`
+        self._closed = False
+        self._next_trim = 0.0
 
     @property
     def going_on(self) -> bool:
@@ -221,6 +235,10 @@ class WorldBackend:
             finished += self._pass(rows)
         for batch in dict.fromkeys(batches):
             batch.thin(self._row_bytes)
+        self._closed |= any(job.request.op in ("close", "discard") for job in jobs)
+        if self._closed and time.monotonic() >= self._next_trim:
+            trim_memory()
+            self._closed, self._next_trim = False, time.monotonic() + TRIM
         return finished
 
     # ---- one job, before the forward pass --------------------------------------------------------------------
