@@ -29,8 +29,9 @@ MAX_READS = 4
 class Limits:
     """What one server gives out.
 
-    lease: seconds a session or snapshot lives without a request that names it. memory: bytes for sessions and snapshots together. sessions,
-    snapshots: the most of one key. queue, queue_bytes: requests that wait for the model, of all keys together.
+    lease: seconds a session or snapshot lives without a request that names it. memory: bytes for sessions and
+    snapshots together. sessions, snapshots: the most of one key. queue, queue_bytes: requests that wait for the model,
+    of all keys together.
     """
 
     lease: float = 60.0

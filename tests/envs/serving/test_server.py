@@ -378,17 +378,19 @@ def test_leases(clock: Clock) -> None:
 def test_a_snapshot_is_given_back_once() -> None:
     """However many requests discard it at the same time: the memory of others is not given away."""
     limits = Limits(memory=3000)
-    with WorldServer(NullBackend(seconds=0.1), "tcp://127.0.0.1:*", limits=limits) as server:
-        with Wire(server.url) as wire:
-            session = wire.create()
-            snapshot = wire.result("snapshot", session=session)["snapshot"]
-            for _ in range(3):
-                wire.send("discard", args={"snapshot": snapshot})
-            for _ in range(3):
-                wire.reply()
-            wire.create()
-            wire.create()
-            assert wire.refused("create") == "busy"
+    with (
+        WorldServer(NullBackend(seconds=0.1), "tcp://127.0.0.1:*", limits=limits) as server,
+        Wire(server.url) as wire,
+    ):
+        session = wire.create()
+        snapshot = wire.result("snapshot", session=session)["snapshot"]
+        for _ in range(3):
+            wire.send("discard", args={"snapshot": snapshot})
+        for _ in range(3):
+            wire.reply()
+        wire.create()
+        wire.create()
+        assert wire.refused("create") == "busy"
 
 
 def test_sessions_of_a_server_that_is_gone_are_lost(null: Wire) -> None:
