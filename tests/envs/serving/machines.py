@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,33 @@ def eventually(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.01)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """The block is over in ``seconds``; on a busy machine, three times what that machine costs it may come on top.
+
+    That is how late a thread wakes up that only sleeps, and the processor's time of this process.
+    """
+    late, over = 0.0, threading.Event()
+
+    def sleeper() -> None:
+        nonlocal late
+        while not over.is_set():
+            slept = time.monotonic()
+            time.sleep(0.01)
+            late += time.monotonic() - slept - 0.01
+
+    thread = threading.Thread(target=sleeper)
+    thread.start()
+    began, worked = time.monotonic(), time.process_time()
+    try:
+        yield
+    finally:
+        took, worked = time.monotonic() - began, time.process_time() - worked
+        over.set()
+        thread.join()
+    assert took < seconds + 3 * (late + worked), f"{took:.2f} s, {late:.2f} s late, {worked:.2f} s of work"
 
 
 SERVE = [sys.executable, "-m", "worldmodel", "serve"]
