@@ -289,6 +289,8 @@ class Connection:
 
     def _next(self, now: float) -> float:
         """When there is something to do even if nothing arrives."""
+        if self._refusals >= _SURE:  # known before the wait for it began
+            return now
         times = [call.due for call in self._calls.values() if call.reply is None] if self.connected else []
         if self._shaking is not None:
             times.append(self._shaking + HANDSHAKE)

@@ -216,7 +216,9 @@ def curve(socket: Any) -> None:
     ],
     ids=["wrong server key", "unknown client key", "no key", "keys for a server without"],
 )
-def test_a_failed_handshake_raises_within_two_seconds(keys: Any, configure: Any) -> None:
+@pytest.mark.parametrize("pause", [0.0, 0.3])
+def test_a_failed_handshake_raises_within_two_seconds(keys: Any, configure: Any, pause: float) -> None:
+    """Whether it fails while somebody waits for it or has failed before anybody asks."""
     context = zmq.Context()
     authenticator = ThreadAuthenticator(context)
     authenticator.start()
@@ -224,6 +226,7 @@ def test_a_failed_handshake_raises_within_two_seconds(keys: Any, configure: Any)
     try:
         with scripted(echo, configure, context=context) as (url, seen):
             connection = Connection(url, keys)
+            time.sleep(pause)
             with within(2.0), pytest.raises(Unanswered, match="the handshake failed") as failed:
                 connection.ask("hello")
             assert failed.value.code == "unauthorized"
