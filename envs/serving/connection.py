@@ -115,7 +115,9 @@ class Connection:
         self.lease = 60.0
         self.connected = False
         self._lock = threading.RLock()
-        self._held: set[bytes] = set()
+        self._held: set[bytes] = set()  # sessions in use
+        self._snapshots: set[bytes] = set()
+        self._released = False
         self._garbage: deque[tuple[str, bytes]] = (
             deque()
         )  # sessions and snapshots that nobody refers to any more
@@ -157,8 +159,9 @@ class Connection:
                 self._socket.close(0)
 
     def release(self) -> None:
-        """Close the connection unless a session is still held over it."""
-        if not self._held:
+        """Close the connection unless a session is still held over it; where a snapshot is, as soon as none is."""
+        self._released = not self._held
+        if self._released and not self._snapshots:
             if self.connected:
                 self._sweep()
             self.close()
@@ -219,6 +222,15 @@ class Connection:
     def hold(self, session: bytes) -> None:
         """Renew this session's lease in the background from now on, so that its user may think as long as they like."""
         self._held.add(session)
+        self._released = False
+        self._begin_keeper()
+
+    def hold_snapshot(self, snapshot: bytes) -> None:
+        """As `hold`; until `discard`."""
+        self._snapshots.add(snapshot)
+        self._begin_keeper()
+
+    def _begin_keeper(self) -> None:
         if self._keeper is None:
             keep = (weakref.ref(self), self._closed, self.lease / 4)
             self._keeper = threading.Thread(target=_keep, args=keep, name="worldmodel-lease", daemon=True)
@@ -232,19 +244,21 @@ class Connection:
 
     def discard(self, snapshot: bytes) -> None:
         """Discard it on the server at the next occasion. Safe in a finalizer."""
+        self._snapshots.discard(snapshot)
         self._garbage.append(("discard", snapshot))
 
     def renew(self) -> None:
-        """Renew the leases of all sessions held, and clear away garbage; quiet where the server does not answer."""
+        """Renew the leases of all that is held, and clear away garbage; quiet where the server does not answer."""
         with self._lock, contextlib.suppress(ServingError):
-            held = list(self._held)
-            self.settle(
-                [
-                    self.start("renew", 2.0, args={"sessions": held[i : i + 256]})
-                    for i in range(0, len(held), 256)
-                ]
-            )
+            calls = [
+                self.start("renew", 2.0, args={kind: names[i : i + 256]})
+                for kind, names in (("sessions", list(self._held)), ("snapshots", list(self._snapshots)))
+                for i in range(0, len(names), 256)
+            ]
+            self.settle(calls)
             self._sweep()
+            if self._released:
+                self.release()
 
     def _sweep(self) -> None:
         with self._lock:
@@ -275,6 +289,8 @@ class Connection:
 
     def _next(self, now: float) -> float:
         """When there is something to do even if nothing arrives."""
+        if self._refusals >= _SURE:  # known before the wait for it began
+            return now
         times = [call.due for call in self._calls.values() if call.reply is None] if self.connected else []
         if self._shaking is not None:
             times.append(self._shaking + HANDSHAKE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from worldmodel.errors import InputError
 
 _STATM = Path("/proc/self/statm")
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
 def resident_bytes() -> int:
@@ -19,6 +21,15 @@ def resident_bytes() -> int:
         return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
+
+
+def trim_memory() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it: glibc does.
+
+    Sessions of a megabyte, freed in any order, otherwise leave a heap as large as their number ever made it.
+    """
+    if _TRIM is not None:
+        _TRIM(0)
 
 
 class HealthPages:

@@ -132,7 +132,7 @@ OPS: dict[str, Op] = {
     "discard": Op(once=True, args={"snapshot": "handle"}),
     "fork": Op(session=True, once=True, args={"n": "int"}),
     "close": Op(session=True, once=True),
-    "renew": Op(args={"sessions": "handles"}),
+    "renew": Op(args={"sessions": "handles", "snapshots": "handles"}),
     "sessions": Op(),
     "next": Op(session=True, args={"after": "int", "wait": "float", "jpeg": "int"}),
     "broadcast": Op(session=True, args={"on": "bool", "jpeg": "int"}),

@@ -98,7 +98,6 @@ class WorldServer:
         self._began = time.monotonic()
         self._beat = self._began
         self._next_tick = 0.0
-        self._next_idle = 0.0
         self._base = resident_bytes()
         self._draining: float | None = None
         self._thread: threading.Thread | None = None
@@ -271,8 +270,8 @@ class WorldServer:
         op = protocol.OPS[request.op]
         snapshot = request.args.get("snapshot")
         principal = self.table.principals[owner]
-        if snapshot is not None and snapshot not in principal.snapshots:
-            raise ServingError("no_session", "no such snapshot of this key")
+        if snapshot is not None:
+            self.table.lease_snapshot(snapshot, owner, now)
         if request.op not in ("close", "discard"):
             if self._draining is not None:
                 raise ServingError("busy", "the server is about to stop", 1.0)
@@ -308,11 +307,12 @@ class WorldServer:
             return Reply(request.id, self._facts(), {"action_space": self._space()})
         if request.op == "renew":
             missing = []
-            for name in request.args.get("sessions", []):
-                try:
-                    self.table.find(name, owner, now)
-                except ServingError:
-                    missing.append(name)
+            for kind, lease in (("sessions", self.table.find), ("snapshots", self.table.lease_snapshot)):
+                for name in request.args.get(kind, []):
+                    try:
+                        lease(name, owner, now)
+                    except ServingError:
+                        missing.append(name)
             return Reply(request.id, {"lease": self.limits.lease, "missing": missing})
         if request.op == "sessions":
             return Reply(request.id, {"sessions": self.table.newest(owner, 256)})
@@ -397,6 +397,8 @@ class WorldServer:
         elif request.op == "close" and session is not None:
             self.table.remove(session)
             self.viewers.gone(session, ServingError("no_session", "the session was closed"))
+        elif request.op == "snapshot":
+            self.table.lease_snapshot(job.made[0], owner, now)
         elif request.op == "discard":
             self.table.release(owner, (request.args["snapshot"],), snapshots=True)
         if session is not None and "info" in result:
@@ -439,7 +441,7 @@ class WorldServer:
         for session in self.table.expire(now):
             self.viewers.gone(session, ServingError("expired", "its lease ran out; create one"))
             self.worker.submit(Job(Request("close", session=session.name)))
-        for name in self.table.idle_snapshots(now):
+        for name in self.table.expired_snapshots(now):
             self.worker.submit(Job(Request("discard", args={"snapshot": name})))
         if self.zap is not None:
             self.zap.watch()

@@ -335,6 +335,7 @@ class RemoteSession:
         """See `WorldModelEnv.snapshot`."""
         said = self.ask("snapshot").result
         snapshot = RemoteSnapshot(bytes(said["snapshot"]), int(said["nbytes"]))
+        self.connection.hold_snapshot(snapshot.handle)
         weakref.finalize(snapshot, self.connection.discard, snapshot.handle)
         return snapshot
 

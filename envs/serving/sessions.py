@@ -6,6 +6,7 @@ No sockets and no model here: time comes in as an argument, refusals go out as `
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -28,8 +29,9 @@ MAX_READS = 4
 class Limits:
     """What one server gives out.
 
-    lease: seconds a session lives without a request. memory: bytes for sessions and snapshots together. sessions,
-    snapshots: the most of one key. queue, queue_bytes: requests that wait for the model, of all keys together.
+    lease: seconds a session or snapshot lives without a request that names it. memory: bytes for sessions and
+    snapshots together. sessions, snapshots: the most of one key. queue, queue_bytes: requests that wait for the model,
+    of all keys together.
     """
 
     lease: float = 60.0
@@ -84,11 +86,14 @@ class Session:
 
 @dataclass(eq=False)
 class Principal:
-    """A key: what it has, and its replies that a retry may ask for again (request id -> digest, reply, when)."""
+    """A key: what it has, and its replies that a retry may ask for again (request id -> digest, reply, when).
+
+    snapshots: when the lease of each runs out (`time.monotonic`).
+    """
 
     seen: float
     sessions: int = 0
-    snapshots: set[bytes] = field(default_factory=set)
+    snapshots: dict[bytes, float] = field(default_factory=dict)
     replies: OrderedDict[bytes, tuple[bytes, Reply, float]] = field(default_factory=OrderedDict)
     reply_bytes: int = 0
     running: dict[bytes, Running] = field(default_factory=dict)
@@ -161,16 +166,16 @@ class SessionTable:
         principal.sessions += 0 if snapshots else count
         names = tuple(self.epoch + secrets.token_bytes(ID_BYTES) for _ in range(count))
         if snapshots:
-            principal.snapshots.update(names)
+            principal.snapshots |= dict.fromkeys(names, math.inf)  # until there is something to lease
         return names
 
     def release(self, owner: str, names: tuple[bytes, ...], snapshots: bool = False) -> None:
-        """What was reserved, or opened, is gone."""
-        self._reserved -= len(names)
+        """What was reserved, or opened, is gone; snapshots may be gone already."""
         principal = self.principals[owner]
         if snapshots:
-            principal.snapshots.difference_update(names)
+            self._reserved -= sum(principal.snapshots.pop(name, None) is not None for name in names)
         else:
+            self._reserved -= len(names)
             principal.sessions -= len(names)
 
     def add(self, name: bytes, owner: str, options: dict[str, object], shown: Outcome, now: float) -> Session:
@@ -188,6 +193,17 @@ class SessionTable:
             if len(self._tombstones) > KEPT_TOMBSTONES:
                 self._tombstones.popitem(last=False)
 
+    def lease_snapshot(self, name: bytes, owner: str, now: float) -> None:
+        """The lease of a snapshot of this key begins, or begins anew.
+
+        Raises:
+            ServingError: ``no_session``.
+        """
+        snapshots = self.principals[owner].snapshots
+        if name not in snapshots:
+            raise ServingError("no_session", "no such snapshot of this key; its lease may have run out")
+        snapshots[name] = now + self.limits.lease
+
     def newest(self, owner: str, count: int) -> list[bytes]:
         """Sessions of a key, newest first."""
         return [s.name for s in reversed(self.sessions.values()) if s.owner == owner][:count]
@@ -199,17 +215,16 @@ class SessionTable:
                 self.remove(session, expired=True)
                 yield session
 
-    def idle_snapshots(self, now: float) -> Iterator[bytes]:
-        """Snapshots of keys that have no session and sent nothing for a lease; they are released, old replies too."""
+    def expired_snapshots(self, now: float) -> Iterator[bytes]:
+        """Snapshots whose lease has run out; they are released, and so are old replies and keys that have nothing."""
         for owner, principal in list(self.principals.items()):
             while principal.replies and next(iter(principal.replies.values()))[2] < now - KEPT_SECONDS:
                 _forget_oldest(principal)
-            if principal.sessions or principal.running or principal.seen > now - self.limits.lease:
-                continue
-            names = tuple(principal.snapshots)
+            names = tuple(name for name, expires in principal.snapshots.items() if expires < now)
             self.release(owner, names, snapshots=True)
             yield from names
-            if not principal.replies:
+            has = principal.sessions or principal.snapshots or principal.replies or principal.running
+            if not has and principal.seen < now - self.limits.lease:
                 del self.principals[owner]
 
     # ---- at most once ----------------------------------------------------------------------------------------

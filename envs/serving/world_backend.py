@@ -19,6 +19,7 @@ import numpy as np
 from gymnasium.utils import seeding
 
 from envs.options import EnvOptions, batch_of_one, check_max_chunks, load_world
+from envs.serving.health import trim_memory
 from envs.serving.protocol import (
     IMAGINED,
     MAX_DRAWS,
@@ -46,6 +47,7 @@ from envs.turn import (
 from worldmodel import Chunk, InputError, WorldModel, WorldState
 from worldmodel.condition.spaces import pack_actions, prompts_of
 
+TRIM = 10.0  # seconds at least from one return of freed memory to the next
 SCORED = ("log_prob", "rate", "bits_per_dim", "action_gain", "noise_square")
 
 
@@ -108,19 +110,29 @@ def together(slots: Sequence[Slot]) -> tuple[WorldState, list[int]]:
     return joined, [order.index(i) for i in range(len(slots))]
 
 
-def held_bytes(state: WorldState) -> int:
-    """Bytes that a state keeps alive: whole pages, not just what is in view."""
+def page_bytes(state: WorldState) -> int:
+    """Bytes of K/V that a state keeps alive: whole pages, not just what is in view."""
     segments = [s for cache in state.caches().values() for c in cache.cohorts for s in c.segments]
-    pages = {s.page.kv.untyped_storage().data_ptr(): s.page.kv.untyped_storage().nbytes() for s in segments}
+    storages = [s.page.kv.untyped_storage() for s in segments]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def held_bytes(state: WorldState) -> int:
+    """Bytes that a state keeps alive."""
     others = [state.noisy, state.latent, state.context.u, *state.codec.values()]
-    return sum(pages.values()) + sum(t.untyped_storage().nbytes() for t in others)
+    return page_bytes(state) + sum(t.untyped_storage().nbytes() for t in others)
+
+
+def row_bytes(first: WorldState) -> int:
+    """Bytes that the state of one session comes to hold, from its first one; the next window needs pages as this does."""
+    return held_bytes(first) + (0 if first.context.ahead is None else page_bytes(first))
 
 
 @dataclass(frozen=True)
 class Session:
     """An environment: its options, where its state is, its current chunk and its random stream.
 
-    chunk, row: the chunk with its maps and latents, of all the sessions of its round, and which one is this.
+    chunk: the chunk (B = 1) with its maps and latents, sharing no memory with those of other sessions.
     """
 
     world: WorldModel
@@ -129,7 +141,6 @@ class Session:
     slot: Slot
     turn: Turn
     chunk: Chunk
-    row: int
     rng: np.random.Generator
 
     def snapshot(self) -> Snapshot:
@@ -137,7 +148,7 @@ class Session:
         return Snapshot(
             self.slot.state(),
             self.turn,
-            chunk_rows(self.chunk, [self.row]),
+            self.chunk,
             dict(copy.deepcopy(self.rng.bit_generator.state)),
             self.world.fingerprint,
         )
@@ -193,8 +204,10 @@ class WorldBackend:
         self._sessions: dict[bytes, Session] = {}
         self._snapshots: dict[bytes, Session] = {}
         self._plans: list[Imagination] = []
-        self._row_bytes = held_bytes(world.reset([0])[0].gathered())
-        self.session_bytes = self._row_bytes + 2 * math.prod(world.frames_shape)
+        self._row_bytes = row_bytes(world.reset([0])[0].gathered())
+        self.session_bytes = 2 * self._row_bytes + 2 * math.prod(world.frames_shape)  # see `Batch.thin`
+        self._closed = False
+        self._next_trim = 0.0
 
     @property
     def going_on(self) -> bool:
@@ -222,6 +235,10 @@ class WorldBackend:
             finished += self._pass(rows)
         for batch in dict.fromkeys(batches):
             batch.thin(self._row_bytes)
+        self._closed |= any(job.request.op in ("close", "discard") for job in jobs)
+        if self._closed and time.monotonic() >= self._next_trim:
+            trim_memory()
+            self._closed, self._next_trim = False, time.monotonic() + TRIM
         return finished
 
     # ---- one job, before the forward pass --------------------------------------------------------------------
@@ -292,7 +309,7 @@ class WorldBackend:
         rng = seeding.np_random(None)[0]
         bare: Any = None
         horizon = check_max_chunks(given.get("max_chunks"))
-        return Session(load_world(self.world, options), options, horizon, bare, bare, bare, 0, rng)
+        return Session(load_world(self.world, options), options, horizon, bare, bare, bare, rng)
 
     def _start_row(self, job: Job, session: Session) -> Row | Outcome:
         """A session's first chunk; see `WorldModelEnv.reset`."""
@@ -308,9 +325,7 @@ class WorldBackend:
             state, turn, chunk, rng = continue_snapshot(
                 session.world, source["snapshot"], session.options, None if seed is None else rng
             )
-            return self._enter(
-                job, replace(session, slot=_one(state), turn=turn, chunk=chunk, row=0, rng=rng)
-            )
+            return self._enter(job, replace(session, slot=_one(state), turn=turn, chunk=chunk, rng=rng))
         start = choose_start(session.world, source, rng)
         key = ("start", session.world.spec.sampling)
         return Row(job, key, replace(session, rng=rng), start=start, seed=session_seed(rng))
@@ -450,14 +465,15 @@ class WorldBackend:
         finished: list[Finished] = []
         entered: list[tuple[Job, Session, Outcome]] = []
         for i, (row, b) in enumerate(zip(rows, place, strict=True)):
+            alone = chunk if len(rows) == 1 else chunk_rows(chunk, [b])
             if row.plan is not None:
-                finished += self._advance(row.plan, slots[b], chunk_rows(chunk, [b]))
+                finished += self._advance(row.plan, slots[b], alone)
                 continue
             old = row.session
-            turn = turns(_only(chunk, b), [counts[i]], [old.max_chunks], old.options)[0]
+            turn = turns(alone, [counts[i]], [old.max_chunks], old.options)[0]
             if row.key[0] == "observe":
                 turn = replace(turn, shown=len(turn.frames))
-            after = replace(old, slot=slots[b], turn=turn, chunk=chunk, row=b)
+            after = replace(old, slot=slots[b], turn=turn, chunk=alone)
             action = None if row.action is None else _first(row.action)
             entered.append((row.job, after, self._show(after, row.job.request, action)))
         for job, session, outcome in entered:
@@ -501,7 +517,7 @@ class WorldBackend:
             observation = new[0]
         arrays = {"observation": observation}
         for name in request.args.get("want", ()):
-            value = getattr(session.chunk, name)[session.row].cpu().numpy()
+            value = getattr(session.chunk, name)[0].cpu().numpy()
             arrays[name] = turn.frames if name == "frames" else value
         result = {"reward": float(reward), "terminated": terminated, "truncated": truncated, "info": info}
         return Outcome(result, arrays, new, action)
@@ -518,11 +534,6 @@ def _sessions(jobs: Sequence[Job]) -> list[bytes]:
 def _name(job: Job) -> bytes:
     """The session that a job makes or changes."""
     return job.made[0] if job.request.op == "create" else job.request.session or b""
-
-
-def _only(chunk: Chunk, b: int) -> Chunk:
-    """One session of a chunk, in memory of its own."""
-    return chunk if len(chunk.log_prob) == 1 else chunk_rows(chunk, [b])
 
 
 def _stream(seed: int) -> np.random.Generator:

@@ -302,6 +302,18 @@ def test_the_next_window_is_forked_selected_and_joined_with_its_session(rows: li
         assert torch.equal(mine.u, parts[row].u)
 
 
+def test_a_neighbour_that_has_just_restarted_takes_no_row_its_next_window() -> None:
+    """Else the others would encode theirs again, more frames at a time than alone, with another rounding."""
+    flow, (u, features) = flow64(seed=6, window=8, context=6), frames(8)
+    restarted, other = (
+        make_room(flow.deep, stream(flow, u[:, :n], features[:, :n], 6, window=8)[0], 6) for n in (8, 7)
+    )
+    joined = Context.concat([restarted, other])
+    assert joined.ahead is not None and other.ahead is not None
+    assert joined.ahead.frames == [0] * ROWS + other.ahead.frames
+    assert min(other.ahead.frames) > 0
+
+
 def test_another_rule_or_length_of_context_begins_the_next_window_again() -> None:
     u, features = frames(WINDOW)
     context, _ = stream(FLOW, u, features, KEEP)

@@ -46,7 +46,7 @@ def make_room(deep: DeepBlock, context: Context, keep: int | None, look_ahead: b
     if not any(full):
         return context
     if all(full):
-        return context.ahead
+        return replace(context.ahead, ahead=_fresh(deep, context.ahead), ahead_from=begin)
     some = [row for row, is_full in enumerate(full) if is_full]
     others = [row for row, is_full in enumerate(full) if not is_full]
     restarted = context.ahead.select(some)

@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection as Pipe
@@ -19,6 +21,53 @@ import numpy as np
 from envs.serving.client import RemoteEnv
 from envs.serving.protocol import Request
 from envs.serving.worker import Finished, Job, Outcome
+
+PATIENCE = 60.0  # seconds that a busy machine may take for what takes none
+
+
+class Clock:
+    """A server's clock, which a test puts forward by as many seconds as ``ahead`` says."""
+
+    ahead = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    """Wait for something that must come about, however slow the machine is."""
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.01)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """The block is over in ``seconds``, to which comes what a slow or busy machine costs it.
+
+    That is how late a thread wakes up that only sleeps, and three times the processor's time of this process.
+    """
+    late, over = 0.0, threading.Event()
+
+    def sleeper() -> None:
+        nonlocal late
+        while not over.is_set():
+            slept = time.monotonic()
+            time.sleep(0.01)
+            late += time.monotonic() - slept - 0.01
+
+    thread = threading.Thread(target=sleeper)
+    thread.start()
+    began, worked = time.monotonic(), time.process_time()
+    try:
+        yield
+    finally:
+        took, worked = time.monotonic() - began, time.process_time() - worked
+        over.set()
+        thread.join()
+    assert took < seconds + late + 3 * worked, f"{took:.2f} s, {late:.2f} s late, {worked:.2f} s of work"
+
 
 SERVE = [sys.executable, "-m", "worldmodel", "serve"]
 

@@ -35,6 +35,7 @@ def test_the_soak_finds_what_grows_and_what_is_left() -> None:
     assert result([sample()] * 10 + [sample(rss=2.0**29)] * 10 + [end]) == ["memory grows"]
     assert result([sample()] * 10 + [sample(descriptors=90.0)] * 10 + [end]) == ["descriptors grow"]
     assert result([sample()] * 20 + [sample()]) == ["sessions are left over"]
+    assert result([sample()] * 20 + [sample(sessions=0.0, snapshots=2.0)]) == ["snapshots are left over"]
     assert result([sample()] * 3 + [end], mismatches=1, failed=1, server_exit_status=1) == [
         "frames differ",
         "clients failed",

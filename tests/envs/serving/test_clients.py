@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-import time
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +23,7 @@ from envs.serving.protocol import ServingError
 from envs.serving.server import WorldServer
 from envs.serving.session import RemoteChunk, RemoteScore
 from envs.serving.world_backend import WorldBackend
+from tests.envs.serving.machines import Clock, eventually
 from tests.toy import toy_world
 from worldmodel import InputError, WorldModel
 
@@ -270,15 +270,28 @@ def test_what_nobody_refers_to_is_given_back(toy_server: WorldServer) -> None:
     env.close()
 
 
-def test_an_idle_session_outlives_its_lease(toy: WorldModel) -> None:
-    from envs.serving.sessions import Limits
-
-    limits = Limits(lease=0.4)
-    with WorldServer(WorldBackend(toy), "tcp://127.0.0.1:*", limits=limits) as server:
-        env = RemoteEnv(server.url)
-        env.reset(seed=0)
-        time.sleep(1.2)
+def test_what_is_idle_outlives_its_lease(toy: WorldModel, clock: Clock) -> None:
+    """Sessions and snapshots are renewed in the background, even a snapshot whose environment is closed."""
+    with WorldServer(WorldBackend(toy), "tcp://127.0.0.1:*") as server:
+        env, other = RemoteEnv(server.url), RemoteEnv(server.url)
+        for each in (env, other):
+            each.session.connection.lease = 0.4  # the keeper's, which goes by the true clock
+        first, _ = env.reset(seed=0)
+        other.reset(seed=1)
+        connection, snapshot = other.session.connection, other.snapshot()
+        other.close()
+        for _ in range(3):
+            renewed = server.counts["renew"]
+            eventually(lambda: server.counts["renew"] >= renewed + 6)  # noqa: B023
+            clock.ahead += 40.0
         env.step([0.0])
+        env.reset(seed=0, options={"snapshot": snapshot})
+        assert server.metrics()["snapshots"] == 1
+        del snapshot
+        gc.collect()
+        eventually(lambda: server.metrics()["snapshots"] == 0)
+        eventually(lambda: connection._socket.closed)
+        np.testing.assert_array_equal(env.reset(seed=0)[0], first)
         env.close()
 
 

@@ -16,6 +16,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from envs.serving import connection as module
 from envs.serving.connection import ClientKeys, Connection, Unanswered
 from envs.serving.protocol import Reply, Request, ServingError, decode_request, encode_reply
+from tests.envs.serving.machines import within
 from tests.envs.serving.proxy import Proxy
 from worldmodel import InputError
 
@@ -107,19 +108,20 @@ def test_a_late_reply_never_pairs_with_a_newer_request(trials: int) -> None:
 
 
 def test_replies_to_requests_given_up_are_dropped() -> None:
-    slow = threading.Event()
+    given_up = threading.Event()
 
     def answer(request: Request) -> list[Reply]:
-        if not slow.is_set():
-            slow.set()
-            time.sleep(0.3)
+        if number(request) == 1:
+            given_up.wait(60.0)
         return echo(request)
 
     with scripted(answer) as (url, _):
         connection = Connection(url)
+        ask(connection, 0)
         with pytest.raises(ServingError) as failed:
             ask(connection, 1, timeout=0.1)
         assert failed.value.code == "deadline"
+        given_up.set()
         assert ask(connection, 2).result["number"] == 2
         connection.close()
 
@@ -136,8 +138,8 @@ def test_the_same_request_goes_out_again_when_its_reply_is_lost() -> None:
         proxy.cut()
         assert connection.wait([call])[0].result["number"] == 2
         connection.close()
-        assert [number(r) for r in seen] == [1, 2, 2]
-        assert seen[1].id == seen[2].id
+        assert [number(r) for r in seen][:3] == [1, 2, 2]
+        assert len({r.id for r in seen}) == 2  # the same one, on a slow machine more often
 
 
 def test_a_reply_that_the_server_dropped_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,11 +176,9 @@ def test_busy_waits_and_asks_again_until_the_deadline() -> None:
 
 def test_no_server_is_an_error_by_the_deadline() -> None:
     connection = Connection("tcp://127.0.0.1:9")
-    began = time.monotonic()
-    with pytest.raises(Unanswered, match="no world server answers") as failed:
+    with within(1.0), pytest.raises(Unanswered, match="no world server answers") as failed:
         connection.ask("hello", timeout=0.3)
     assert failed.value.code == "session_lost"
-    assert time.monotonic() - began < 1.0
     connection.close()
     with pytest.raises(ServingError, match="closed"):
         connection.ask("hello")
@@ -189,7 +189,7 @@ def test_a_server_that_died_is_session_lost_and_its_successor_is_found() -> None
         connection = Connection(url)
         ask(connection, 1)
     with pytest.raises(Unanswered, match="is gone") as failed:
-        ask(connection, 2, timeout=0.5)
+        ask(connection, 2, timeout=2.0)
     assert failed.value.code == "session_lost"
     with scripted(echo, endpoint=url) as (_, seen):
         assert ask(connection, 3).result["number"] == 3
@@ -216,7 +216,9 @@ def curve(socket: Any) -> None:
     ],
     ids=["wrong server key", "unknown client key", "no key", "keys for a server without"],
 )
-def test_a_failed_handshake_raises_within_two_seconds(keys: Any, configure: Any) -> None:
+@pytest.mark.parametrize("pause", [0.0, 0.3])
+def test_a_failed_handshake_raises_within_two_seconds(keys: Any, configure: Any, pause: float) -> None:
+    """Whether it fails while somebody waits for it or has failed before anybody asks."""
     context = zmq.Context()
     authenticator = ThreadAuthenticator(context)
     authenticator.start()
@@ -224,11 +226,10 @@ def test_a_failed_handshake_raises_within_two_seconds(keys: Any, configure: Any)
     try:
         with scripted(echo, configure, context=context) as (url, seen):
             connection = Connection(url, keys)
-            began = time.monotonic()
-            with pytest.raises(Unanswered, match="the handshake failed") as failed:
+            time.sleep(pause)
+            with within(2.0), pytest.raises(Unanswered, match="the handshake failed") as failed:
                 connection.ask("hello")
             assert failed.value.code == "unauthorized"
-            assert time.monotonic() - began < 2.0
             connection.close()
             assert seen == []
     finally:
@@ -242,10 +243,8 @@ def test_a_server_that_never_shakes_hands_raises_within_two_seconds() -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         connection = Connection(f"tcp://127.0.0.1:{listener.getsockname()[1]}")
-        began = time.monotonic()
-        with pytest.raises(Unanswered, match="the handshake failed"):
+        with within(2.0), pytest.raises(Unanswered, match="the handshake failed"):
             connection.ask("hello")
-        assert time.monotonic() - began < 2.0
         connection.close()
 
 

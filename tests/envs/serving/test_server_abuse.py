@@ -22,6 +22,7 @@ import zmq
 from envs.serving.protocol import MAGIC, Request, decode_reply, encode_request, new_id
 from envs.serving.worker import Job
 from envs.serving.world_backend import WorldBackend
+from tests.envs.serving.machines import PATIENCE
 from tests.envs.serving.test_protocol import mutations
 from tests.envs.serving.wire import STILL, Wire
 from worldmodel import WorldModel
@@ -77,7 +78,7 @@ def serve(slack: int = 1 << 30, memory: int = 1 << 30, size: str = "") -> Iterat
         yield server
         server.alive()
         process.terminate()
-        assert process.wait(12) == 0
+        assert process.wait(PATIENCE) == 0
     finally:
         process.kill()
         process.stdout.close()
@@ -92,7 +93,7 @@ def flat(server: Process, work: Callable[[], object], grows: int = 50 * MIB) -> 
     """After ``work`` there are as many descriptors as before, and at most ``grows`` more bytes."""
     memory, descriptors = server.memory, server.descriptors
     work()
-    end = time.monotonic() + 10
+    end = time.monotonic() + PATIENCE
     while server.descriptors > descriptors + 2 and time.monotonic() < end:
         time.sleep(0.1)
     assert server.descriptors <= descriptors + 2
@@ -168,8 +169,8 @@ def garbage(server: Process, count: int) -> None:
     host, port = server.url.removeprefix("tcp://").split(":")
     kept = []
     for i in range(count):
-        connection = socket.create_connection((host, int(port)), timeout=5)
-        connection.settimeout(5)
+        connection = socket.create_connection((host, int(port)), timeout=PATIENCE)
+        connection.settimeout(PATIENCE)
         with contextlib.suppress(OSError):  # it may have hung up already
             connection.sendall(GARBAGE[i % len(GARBAGE)] + (rng.randbytes(200) if i % 3 else b""))
         kept.append(connection)
@@ -316,7 +317,7 @@ def test_a_message_that_never_ends() -> None:
                 except zmq.ZMQError:
                     break
                 highest = max(highest, server.memory - before)
-            end = time.monotonic() + 10
+            end = time.monotonic() + PATIENCE
             while server.memory - before > 150 * MIB and time.monotonic() < end:
                 highest = max(highest, server.memory - before)
                 time.sleep(0.02)

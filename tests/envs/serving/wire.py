@@ -30,7 +30,7 @@ class Wire:
         socket = self.context.socket(zmq.DEALER)
         socket.linger = 0
         socket.sndhwm, socket.rcvhwm = 10_000, self.high_water
-        socket.sndtimeo = 2000  # without a connection there is nowhere to send to
+        socket.sndtimeo = 20_000  # without a connection there is nowhere to send to
         if self.keys is not None and self.server is not None:
             socket.curve_publickey, socket.curve_secretkey = self.keys.public, self.keys.secret
             socket.curve_serverkey = self.server
