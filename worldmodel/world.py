@@ -53,7 +53,7 @@ class WorldModel(WorldParts):
         captions, text, uncond = conditions(
             self.prompts, prompts, rows, self.spec.sampling.guidance > 0, self.device
         )
-        reach = min(config.window, self.flow.denoiser.reach)
+        reach = min(config.window, self.flow.denoiser_reach)
         tokens, dim = self.grid[0] * self.grid[1], config.token_dim
         codec = self.codec.initial_state(rows)
         zero = torch.zeros(rows, dtype=torch.int64)

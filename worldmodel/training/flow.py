@@ -179,11 +179,17 @@ class FlowStage:
     def __init__(
         self, config: FlowTraining, data: Latents, parts: nn.ModuleDict | None = None, ranks: Ranks = ALONE
     ) -> None:
-        """``parts`` {"flow", "actions"} are trained where given, else new ones; several ranks shard them."""
+        """``parts`` {"flow", "actions"} are trained where given, else new ones; several ranks shard them.
+
+        Raises:
+            ConfigError: a flow without a denoiser.
+        """
         torch.manual_seed(config.loop.seed)
         self.config, self.data, self.ranks = config, data, ranks
         self.parts = new_parts(config, data.packed.shape[1]) if parts is None else parts
         self.flow = cast(Flow, self.parts["flow"])
+        if self.flow.denoiser is None:
+            raise ConfigError("flow.denoiser_layers is 0; training fits a denoiser too, give it layers")
         self.actions = cast(ActionEncoder, self.parts["actions"]) if "actions" in self.parts else None
         self.grid = self.flow.grid((data.latents.shape[2], data.latents.shape[3]))
         self.starts, self.rows = data.places(config.length), ranks.rows(config.batch)
