@@ -119,9 +119,7 @@ class WorldFiles:
         encode = T5(name, spec.flow.text_tokens, device)
         return Prompts(spec.text, shape, spec.fps, spec.flow.noise_std, spec.frame_size, encode, cache)
 
-    def build(
-        self, device: torch.device | str
-    ) -> tuple[Flow, AnyCodec, ActionEncoder | None, Heads | None]:
+    def build(self, device: torch.device | str) -> tuple[Flow, AnyCodec, ActionEncoder | None, Heads | None]:
         """The modules, in evaluation mode; weights go to ``device`` one by one, and no second copy is made on the way.
 
         Raises:

@@ -199,9 +199,7 @@ class KLCodec(nn.Module):
             raise InputError(f"frames have dtype {frames.dtype}, expected uint8 RGB from 0 to 255")
         pixels = rearrange(frames, "B F height width c -> (B F) c height width").float() / 127.5 - 1.0
         mean = self.vae.encode(pixels).latent_dist.mean
-        return rearrange(
-            mean * self.config.scaling_factor, "(B F) C h w -> B F C h w", B=len(frames)
-        ), state
+        return rearrange(mean * self.config.scaling_factor, "(B F) C h w -> B F C h w", B=len(frames)), state
 
     def decode(self, latents: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
         """Latents (B, T, C, h, w) to frames (B, T, height, width, 3) uint8 RGB.
