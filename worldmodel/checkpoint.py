@@ -84,6 +84,13 @@ class WorldSpec:
     quality: dict[str, Any] = field(default_factory=dict)
     format: int = WORLD_FORMAT
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a flow of other latents than the codec's."""
+        if self.codec.latent_channels != self.flow.in_channels:
+            raise ConfigError(
+                f"{self.name}: the codec has {self.codec.latent_channels} channels, the flow {self.flow.in_channels}"
+            )
+
     @cached_property
     def action_space(self) -> spaces.Space[Any]:
         """The Gymnasium space of one action."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from worldmodel.flow.affine import Affine, standard_normal_log_prob
 from worldmodel.flow.flow import Flow
@@ -57,8 +58,9 @@ def by_denoiser(flow: Flow, grid: tuple[int, int], state: WorldState) -> Tensor:
 
 def by_score(flow: Flow, grid: tuple[int, int], state: WorldState) -> Tensor:
     """As `clean_frame`, by the gradient of the newest frame's exact log-density, given the frames before it in the window
-    and the condition, through the whole flow. Takes about three times a commit, and the memory of its activations. A
-    window that rolled counts as one that has just been encoded.
+    and the condition, through the whole flow. Takes four to five times as long as a commit, and the memory of its activations. A
+    window that rolled counts as one that has just been encoded. Attention is spelt out: the fused kernels' backward
+    passes add up in any order on a GPU, and a replay would be another picture.
     """
     context, clean = state.context, torch.empty_like(state.noisy[:, -1:])
     for count in sorted(set(context.frames)):
@@ -67,7 +69,7 @@ def by_score(flow: Flow, grid: tuple[int, int], state: WorldState) -> Tensor:
         )
         text, features = (None if t is None else t[rows] for t in (context.text, context.features))
         past = context.u[rows, context.window - count : -1]
-        with torch.enable_grad():
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             x = state.noisy[rows, -1:].requires_grad_()
             u, log_det = flow.shallow_forward(x, grid)
             told = None if features is None else features[:, -count:]

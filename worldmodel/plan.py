@@ -151,7 +151,7 @@ def _denoiser_working(flow: FlowConfig, noisy: int, wide: int) -> int:
 
 def _score_working(flow: FlowConfig, tokens: int, wide: int) -> int:
     """What the backward pass needs of every layer of the flow, whose weights are frozen: the inputs of both norms and of
-    the GELU, queries, keys, values and their attention (which fused kernels do not keep), 11 numbers a channel in all.
+    the GELU, queries, keys, values and their result, 11 numbers a channel; and the attention's weights, float32 at most.
     """
     *shallow, deep = flow.layers_per_block
     runs = (
@@ -159,7 +159,7 @@ def _score_working(flow: FlowConfig, tokens: int, wide: int) -> int:
         (deep, flow.top_channels, flow.text_tokens + flow.window * tokens),
     )
     return sum(
-        wide * layers * length * (11 * width + width // flow.head_dim * length)
+        layers * length * (11 * width * wide + width // flow.head_dim * length * 4)
         for layers, width, length in runs
     )
 
