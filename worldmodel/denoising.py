@@ -58,24 +58,24 @@ def by_denoiser(flow: Flow, grid: tuple[int, int], state: WorldState) -> Tensor:
 
 def by_score(flow: Flow, grid: tuple[int, int], state: WorldState) -> Tensor:
     """As `clean_frame`, by the gradient of the newest frame's exact log-density, given the frames before it in the window
-    and the condition, through the whole flow. Takes four to five times as long as a commit, and the memory of its activations. A
-    window that rolled counts as one that has just been encoded. Attention is spelt out: the fused kernels' backward
+    and the condition, through the whole flow. A window that rolled counts as one that has just been encoded.
+
+    Sessions are denoised one by one: none depends on another, and no more than one's activations are held (see
+    `worldmodel.plan`). Four to five times a commit's time on a CPU. Attention is spelt out: the fused kernels' backward
     passes add up in any order on a GPU, and a replay would be another picture.
     """
-    context, clean = state.context, torch.empty_like(state.noisy[:, -1:])
-    for count in sorted(set(context.frames)):
-        rows = torch.tensor(
-            [b for b, frames in enumerate(context.frames) if frames == count], device=clean.device
-        )
-        text, features = (None if t is None else t[rows] for t in (context.text, context.features))
-        past = context.u[rows, context.window - count : -1]
+    context, clean = state.context, []
+    for row, count in enumerate(context.frames):
+        here = slice(row, row + 1)
+        past = context.u[here, context.window - count : -1]
+        text = None if context.text is None else context.text[here]
+        features = None if context.features is None else context.features[here, -count:]
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            x = state.noisy[rows, -1:].requires_grad_()
+            x = state.noisy[here, -1:].detach().requires_grad_()
             u, log_det = flow.shallow_forward(x, grid)
-            told = None if features is None else features[:, -count:]
-            deep = flow.deep.clip_parameters(torch.cat((past, u), dim=1), grid, text, told)
+            deep = flow.deep.clip_parameters(torch.cat((past, u), dim=1), grid, text, features)
             newest = Affine(deep.mu[:, -1:], deep.sigma[:, -1:])
             nats = standard_normal_log_prob(newest.forward(u)) + newest.log_det() + log_det
             (score,) = torch.autograd.grad(nats.sum(), x)
-        clean[rows] = x.detach() + flow.config.noise_std**2 * score
-    return clean
+        clean.append(x.detach() + flow.config.noise_std**2 * score)
+    return torch.cat(clean)
