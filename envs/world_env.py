@@ -99,7 +99,7 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
         self.render_mode = render_mode
         self.fps = world_spec.fps
         self.metadata = {**type(self).metadata, "render_fps": max(1, round(world_spec.fps))}
-        self._window = Window(world_spec.name, world_spec.fps) if render_mode == "human" else None
+        self._window = Window(world_spec.name, world_spec.fps or 1.0) if render_mode == "human" else None
         self._unrendered: list[np.ndarray] = []
         self._session: tuple[WorldState, Turn, Chunk] | None = None
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from worldmodel.checkpoint import WorldSpec, half_precision, write_world
 from worldmodel.codec.conv import ConvCodec, ConvCodecConfig
+from worldmodel.codec.kl import KLCodec, KLCodecConfig
 from worldmodel.codec.wan import WanCodec, WanCodecConfig
 from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
 from worldmodel.condition.spaces import packed_size, prompt_key, space_to_json
@@ -210,14 +211,47 @@ def write_wan_toy(
     **overrides: object,
 ) -> Path:
     """A toy world with the Wan2.2 codec, no heads and no bank, as a published model is."""
+    torch.manual_seed(seed)
+    return _write_as_published(path, WanCodec(wan_config()), seed, dtype, space, fps, **overrides)
+
+
+def kl_config(**overrides: object) -> KLCodecConfig:
+    """Stable Diffusion's architecture at a few channels: 8 x fewer rows and columns."""
+    values = {
+        "height": 32,
+        "width": 32,
+        "block_out_channels": (8, 8, 16, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "latent_channels": 3,
+    }
+    return KLCodecConfig(**{**values, **overrides})
+
+
+def write_picture_toy(path: Path, seed: int = 0, dtype: str = "float32", **overrides: object) -> Path:
+    """A toy world of pictures, as STARFlow 3B: prompts, the KL codec, no denoiser, windows of one frame."""
+    torch.manual_seed(seed)
+    codec = KLCodec(kl_config())
+    randomise(codec, seed)
+    still = {"window": 1, "context": 1, "denoiser_layers": 0}
+    return _write_as_published(path, codec, seed, dtype, TEXT, 0.0, **{**still, **overrides})
+
+
+def _write_as_published(
+    path: Path,
+    codec: WanCodec | KLCodec,
+    seed: int,
+    dtype: str,
+    space: spaces.Space,
+    fps: float,
+    **overrides: object,
+) -> Path:
     text, overrides = write_text(path, space, seed, overrides)
     flow = toy_flow(seed, **overrides)
-    torch.manual_seed(seed)
-    codec = WanCodec(wan_config())
     packed = packed_size(space)
     actions = ActionEncoder(ActionEncoderConfig(packed, flow.config.action_features)) if packed else None
     spec = WorldSpec(
-        name="wan-toy",
+        name=f"{codec.config.kind}-toy",
         frame_size=FRAME,
         fps=fps,
         action_space_json=space_to_json(space),

@@ -29,6 +29,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from worldmodel.codec.conv import ConvCodec, ConvCodecConfig, channels_last
+from worldmodel.codec.kl import KLCodec, KLCodecConfig
 from worldmodel.codec.wan import WanCodec, WanCodecConfig
 from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
 from worldmodel.condition.prompts import T5, Prompts
@@ -51,6 +52,9 @@ from worldmodel.sampling import Sampling
 WORLD_FORMAT = 1
 SHIPPED = Path(__file__).parent / "worlds"
 
+CodecConfig = ConvCodecConfig | WanCodecConfig | KLCodecConfig
+AnyCodec = ConvCodec | WanCodec | KLCodec
+
 
 @dataclass(frozen=True)
 class WorldSpec:
@@ -68,7 +72,7 @@ class WorldSpec:
     fps: float
     action_space_json: dict[str, Any]
     flow: FlowConfig
-    codec: ConvCodecConfig | WanCodecConfig
+    codec: CodecConfig
     actions: ActionEncoderConfig
     heads: HeadsConfig | None
     text: TextConfig | None = None
@@ -79,6 +83,13 @@ class WorldSpec:
     provenance: dict[str, Any] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=dict)
     format: int = WORLD_FORMAT
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a flow of other latents than the codec's."""
+        if self.codec.latent_channels != self.flow.in_channels:
+            raise ConfigError(
+                f"{self.name}: the codec has {self.codec.latent_channels} channels, the flow {self.flow.in_channels}"
+            )
 
     @cached_property
     def action_space(self) -> spaces.Space[Any]:
@@ -115,9 +126,7 @@ class WorldFiles:
         encode = T5(name, spec.flow.text_tokens, device)
         return Prompts(spec.text, shape, spec.fps, spec.flow.noise_std, spec.frame_size, encode, cache)
 
-    def build(
-        self, device: torch.device | str
-    ) -> tuple[Flow, ConvCodec | WanCodec, ActionEncoder | None, Heads | None]:
+    def build(self, device: torch.device | str) -> tuple[Flow, AnyCodec, ActionEncoder | None, Heads | None]:
         """The modules, in evaluation mode; weights go to ``device`` one by one, and no second copy is made on the way.
 
         Raises:
@@ -139,9 +148,14 @@ def empty_modules(spec: WorldSpec) -> dict[str, Any]:
         parts: dict[str, nn.Module] = {"flow": Flow(spec.flow).to(getattr(torch, spec.dtype))}
         if spec.actions.packed:
             parts["actions"] = ActionEncoder(spec.actions)
-        codec = ConvCodec(spec.codec) if isinstance(spec.codec, ConvCodecConfig) else WanCodec(spec.codec)
-        modules = {"flow": nn.ModuleDict(parts), "codec": codec}
+        modules = {"flow": nn.ModuleDict(parts), "codec": _empty_codec(spec.codec)}
         return modules if spec.heads is None else {**modules, "heads": Heads(spec.heads)}
+
+
+def _empty_codec(config: CodecConfig) -> AnyCodec:
+    if isinstance(config, ConvCodecConfig):
+        return ConvCodec(config)
+    return WanCodec(config) if isinstance(config, WanCodecConfig) else KLCodec(config)
 
 
 def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
@@ -217,7 +231,7 @@ def read_spec(name: str | Path) -> WorldSpec:
         )
     if prompt_key(spec.action_space) is not None and spec.text is None:
         raise ConfigError(f"{path}/world.json: actions with a prompt need text, which says how it is read")
-    if isinstance(spec.codec, WanCodecConfig) and (spec.codec.height, spec.codec.width) != spec.frame_size:
+    if (spec.codec.height, spec.codec.width) != spec.frame_size:
         raise ConfigError(
             f"{path}/world.json: codec frames are {spec.codec.height} x {spec.codec.width}, frame_size {spec.frame_size}"
         )
@@ -278,7 +292,7 @@ def _read_starts(file: Path, spec: WorldSpec) -> Mapping[str, np.ndarray]:
     return starts
 
 
-def _chunks(clips: np.ndarray, codec: ConvCodecConfig | WanCodecConfig) -> tuple[int, ...]:
+def _chunks(clips: np.ndarray, codec: CodecConfig) -> tuple[int, ...]:
     """(T,) chunks of clips (S, n, height, width, 3), or () where n is not a number of whole chunks."""
     rest = clips.shape[1] - codec.first_frames if clips.ndim == 5 else -1
     return () if rest < 0 or rest % codec.frames else (1 + rest // codec.frames,)

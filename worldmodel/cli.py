@@ -56,7 +56,8 @@ def info(
         ("environment", spec.environment.get("env", "unknown")),
         (
             "frames",
-            f"{spec.frame_size[0]} x {spec.frame_size[1]} uint8 RGB at {spec.fps:g} a second, {frames} a chunk",
+            f"{spec.frame_size[0]} x {spec.frame_size[1]} uint8 RGB"
+            + (f" at {spec.fps:g} a second, {frames} a chunk" if spec.fps else ", one a session"),
         ),
         ("actions", str(spec.action_space)),
         ("window", f"{spec.flow.window} latent frames, {spec.flow.context} kept when re-encoded"),
@@ -68,7 +69,9 @@ def info(
         ("size", f"{size / 1e6:.1f} MB on disk, fingerprint {files.fingerprint[:12]}"),
         (
             "starts",
-            f"{len(files.starts['frames'])} real clips" if files.starts else "none: begin with a picture",
+            f"{len(files.starts['frames'])} real clips"
+            if files.starts
+            else ("none: begin with a picture" if spec.fps else "none: a session is a picture"),
         ),
     ]
     rows += [

@@ -116,8 +116,8 @@ def generate(
 ) -> None:
     """Make a video from text, a picture, a video's end or a source video, with the nats of each chunk.
 
-    Beside OUT lies OUT.json: what was asked, and for each chunk its log_prob (nats, of the noised latent), bits per
-    dimension, Jacobi sweeps. Ctrl-C writes what is there.
+    A world of pictures (apple/starflow) makes one from text. Beside OUT lies OUT.json: what was asked, and for each chunk
+    its log_prob (nats, of the noised latent), bits per dimension, Jacobi sweeps. Ctrl-C writes what is there.
     """
     import torch
 
@@ -125,7 +125,7 @@ def generate(
     from worldmodel.condition.prompts import frame_size_for
     from worldmodel.errors import InputError
     from worldmodel.files import write_json
-    from worldmodel.media import read_clip, read_picture, write_picture
+    from worldmodel.media import PICTURES, read_clip, read_picture, write_picture
     from worldmodel.tasks import Brief, chunks_for, run
     from worldmodel.world import WorldModel
 
@@ -133,8 +133,10 @@ def generate(
     model = WorldModel.load(world, where, prompt_cache)
     still = not model.spec.fps
     out = out or Path("picture.png" if still else "video.mp4")
-    if not still and out.suffix not in CODECS:
-        raise InputError(f"{out.name}: expected a name that ends in one of {', '.join(CODECS)}")
+    if out.suffix not in (kinds := PICTURES if still else tuple(CODECS)):
+        raise InputError(f"{out.name}: expected a name that ends in one of {', '.join(kinds)}")
+    if still and (image or video or v2v):
+        raise InputError(f"{world} makes a picture of a prompt; leave --image, --video and --v2v out")
     given: dict[str, Any] = {"guidance": guidance, "temperature": temperature}
     model = model.with_sampling(
         replace(model.spec.sampling, **{k: v for k, v in given.items() if v is not None})
@@ -160,9 +162,9 @@ def generate(
             write_video(out, frames, fps)
         write_json(out.with_name(f"{out.name}.json"), record)
         mean = record["mean_log_prob"] or 0.0
-        print(
-            f"{out}: {len(frames)} frames of {size[0]} x {size[1]}, mean {mean:.1f} nats a chunk (of the noised latent)"
-        )
+        many, each = ("a picture", "") if still else (f"{len(frames)} frames", " a chunk")
+        nats = f"{'' if still else 'mean '}{mean:.1f} nats{each} (of the noised latent)"
+        print(f"{out}: {many} of {size[0]} x {size[1]}, {nats}")
     if not record["complete"]:
         print(f"worldmodel: stopped; {len(frames)} frames were ready", file=sys.stderr)
         sys.exit(130)

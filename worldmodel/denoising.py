@@ -1,16 +1,33 @@
-"""From the noisy tokens that a state remembers to the clean ones of its newest frame."""
+"""From the noisy tokens that a state remembers to the clean ones of its newest frame.
+
+A flow has learned a denoiser, or its own score takes the noise off, in one step of Tweedie's formula (TarFlow, arXiv
+2412.06329, "score-based denoising"; Efron, JASA 2011):
+
+    E[x | x~, c] = x~ + sigma_n^2 grad_x~ log p(x~ | c)
+
+which holds where p is the density of clean data plus noise of variance sigma_n^2: of the flow itself, under its past
+and its condition. The guided map is a sampler of its own, sharper than any data with that noise on it; its score is no
+posterior mean. So guidance decides where x~ lies, and the conditional density, unguided, which way the noise is.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from worldmodel.flow.affine import Affine, standard_normal_log_prob
 from worldmodel.flow.flow import Flow
 from worldmodel.state import WorldState
 
 
 def clean_frame(flow: Flow, grid: tuple[int, int], state: WorldState) -> Tensor:
-    """The newest frame's tokens (B, 1, N, D) without noise.
+    """The newest frame's tokens (B, 1, N, D) without noise."""
+    return by_score(flow, grid, state) if flow.denoiser is None else by_denoiser(flow, grid, state)
+
+
+def by_denoiser(flow: Flow, grid: tuple[int, int], state: WorldState) -> Tensor:
+    """As `clean_frame`, by the flow's denoiser.
 
     Where sessions of unlike lengths have prompts they are denoised apart: the distance between the condition and a
     frame counts, and must not depend on who shares the batch.
@@ -37,3 +54,28 @@ def clean_frame(flow: Flow, grid: tuple[int, int], state: WorldState) -> Tensor:
         rows = torch.nonzero(steps == length)[:, 0]
         clean[rows.to(device)] = denoise(rows)
     return clean
+
+
+def by_score(flow: Flow, grid: tuple[int, int], state: WorldState) -> Tensor:
+    """As `clean_frame`, by the gradient of the newest frame's exact log-density, given the frames before it in the window
+    and the condition, through the whole flow. A window that rolled counts as one that has just been encoded.
+
+    Sessions are denoised one by one: none depends on another, and no more than one's activations are held (see
+    `worldmodel.plan`). Four to five times a commit's time on a CPU. Attention is spelt out: the fused kernels' backward
+    passes add up in any order on a GPU, and a replay would be another picture.
+    """
+    context, clean = state.context, []
+    for row, count in enumerate(context.frames):
+        here = slice(row, row + 1)
+        past = context.u[here, context.window - count : -1]
+        text = None if context.text is None else context.text[here]
+        features = None if context.features is None else context.features[here, -count:]
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            x = state.noisy[here, -1:].detach().requires_grad_()
+            u, log_det = flow.shallow_forward(x, grid)
+            deep = flow.deep.clip_parameters(torch.cat((past, u), dim=1), grid, text, features)
+            newest = Affine(deep.mu[:, -1:], deep.sigma[:, -1:])
+            nats = standard_normal_log_prob(newest.forward(u)) + newest.log_det() + log_det
+            (score,) = torch.autograd.grad(nats.sum(), x)
+        clean.append(x.detach() + flow.config.noise_std**2 * score)
+    return torch.cat(clean)

@@ -9,6 +9,9 @@ import numpy as np
 
 from worldmodel.errors import DataError
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+"""What pictures are written as."""
+
 
 def fitted(picture: np.ndarray, frame_size: tuple[int, int]) -> np.ndarray:
     """A picture (H, W, 3) uint8 scaled to cover (height, width) pixels, the rest cut off evenly."""

@@ -110,9 +110,14 @@ def spread(world: WorldModel, ranks: Ranks, guided: bool) -> None:
     of one process.
 
     Raises:
-        ConfigError: the numbers do not divide.
+        ConfigError: the numbers do not divide, or heads are to be spread of a flow that is denoised by its own score.
     """
     streams = 2 if guided and ranks.size % 2 == 0 else 1
+    if ranks.size > streams and world.flow.denoiser is None:
+        raise ConfigError(
+            f"{world.spec.name} is denoised by its own score, which needs all heads in one process; "
+            f"start {streams} of them"
+        )
     mesh = init_device_mesh(
         ranks.device.type, (streams, ranks.size // streams), mesh_dim_names=("guidance", "heads")
     )

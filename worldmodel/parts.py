@@ -14,6 +14,7 @@ from torch import nn
 
 from worldmodel.checkpoint import WorldFiles, WorldSpec, read_spec, read_world
 from worldmodel.codec.base import Codec
+from worldmodel.codec.kl import KLCodec
 from worldmodel.codec.taehv import load_fast_decoder
 from worldmodel.codec.wan import WanCodec
 from worldmodel.condition.actions import ActionEncoder
@@ -57,8 +58,8 @@ class WorldParts:
     ) -> Self:
         """A world that ships with the package ("pendulum"), a world directory, or a published model.
 
-        A published model is "apple/starflow-v", or a directory with its ``.pth``; it is converted once, see
-        `worldmodel.published`.
+        A published model is "apple/starflow-v", "apple/starflow" (pictures), or a directory with its ``.pth``; it is
+        converted once, see `worldmodel.published`.
 
         ``prompt_cache``: a folder where encoded prompts are kept, for worlds that take some.
 
@@ -88,7 +89,7 @@ class WorldParts:
         """
         if frame_size == self.spec.frame_size:
             return self
-        if not isinstance(self.codec, WanCodec):
+        if not isinstance(self.codec, WanCodec | KLCodec):
             raise InputError(f"this world's codec has one frame size, {self.spec.frame_size}")
         codec = self.codec.at(frame_size)
         spec = replace(self.spec, frame_size=frame_size, codec=codec.config, heads=None, bank=False)

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from worldmodel.checkpoint import WorldSpec, empty_modules
+from worldmodel.codec.kl import KLCodecConfig
 from worldmodel.codec.wan import WanCodecConfig, cache_layouts
 from worldmodel.errors import CheckpointError
+from worldmodel.flow.flow import FlowConfig
 
 TEXT_ENCODER_PARAMETERS = {"google/flan-t5-xl": 1_223_527_424}
 """Parameters of the encoders of published models (24 layers of 48.2 M and the embedding)."""
@@ -29,7 +31,8 @@ class Plan:
     the page of a branch takes that is forked when a window has just restarted, up to the next restart, which makes it a
     session with a past of its own. reencoding: more K/V while a full window restarts, before the old
     pages go. codec_state, denoiser_state: of a session (the latter with the deep block's last inputs). working: an
-    estimate of what a step of one session needs besides, for activations and masks.
+    estimate of what a step of one session needs besides, for activations and masks. score: of that, the activations that
+    are kept to differentiate the density, in a world without a denoiser.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Plan:
     codec_state: int
     denoiser_state: int
     working: int
+    score: int = 0
 
     @property
     def session(self) -> int:
@@ -87,6 +91,8 @@ class Plan:
             ("re-encoding", self.reencoding, "K/V of the new window beside the old one, for a moment"),
             ("working memory", self.working, "estimate for a step of one session"),
         ]
+        if self.score:
+            rows.append(("  its score", self.score, "to differentiate the density, in place of a denoiser"))
         table = [f"{name:18s}{_size(size):>10s}   {note}".rstrip() for name, size, note in rows]
         for name, (free, whole) in devices.items():
             sessions, branches = self.fits(free)
@@ -120,8 +126,7 @@ def plan(spec: WorldSpec) -> Plan:
     frame = tokens * flow.token_dim * 4
     features = flow.window * flow.action_features * 4
     prompts = streams * flow.text_tokens * flow.text_dim * 4
-    sequence = flow.text_tokens * flow.denoiser_conditional + flow_reach * tokens
-    width = flow.denoiser_channels or flow.channels
+    score = 0 if flow.denoiser_layers else _score_working(flow, tokens, wide)
     return Plan(
         spec.name,
         sum(p.numel() for p in modules["flow"].parameters()),
@@ -130,10 +135,32 @@ def plan(spec: WorldSpec) -> Plan:
         per_token * (flow.text_tokens + flow.window * tokens),
         per_token * first_page,
         per_token * (flow.window + 1 - min(flow.context, flow.window - 1)) * tokens,
-        per_token * first_page if spec.sampling.context == "reencode" else 0,
+        per_token * first_page if spec.sampling.context == "reencode" and spec.fps else 0,
         _codec_state(spec),
         (flow_reach + flow.window + 1) * frame + features + prompts,
-        sequence**2 * (1 + wide) + sequence * 12 * width * wide + _codec_working(spec),
+        (score or _denoiser_working(flow, flow_reach * tokens, wide)) + _codec_working(spec),
+        score,
+    )
+
+
+def _denoiser_working(flow: FlowConfig, noisy: int, wide: int) -> int:
+    """A layer's activations and masks, for so many noisy tokens."""
+    sequence = flow.text_tokens * flow.denoiser_conditional + noisy
+    return sequence**2 * (1 + wide) + sequence * 12 * (flow.denoiser_channels or flow.channels) * wide
+
+
+def _score_working(flow: FlowConfig, tokens: int, wide: int) -> int:
+    """What the backward pass needs of every layer of the flow, whose weights are frozen: the inputs of both norms and of
+    the GELU, queries, keys, values and their result, 11 numbers a channel; and the attention's weights, float32 at most.
+    """
+    *shallow, deep = flow.layers_per_block
+    runs = (
+        (sum(shallow), flow.channels, tokens),
+        (deep, flow.top_channels, flow.text_tokens + flow.window * tokens),
+    )
+    return sum(
+        layers * length * (11 * width * wide + width // flow.head_dim * length * 4)
+        for layers, width, length in runs
     )
 
 
@@ -151,6 +178,8 @@ def _codec_state(spec: WorldSpec) -> int:
 
 def _codec_working(spec: WorldSpec) -> int:
     """About four tensors of the widest layer, for the frames of a chunk."""
+    if isinstance(spec.codec, KLCodecConfig):  # widest where the last halving is undone
+        return 16 * math.prod(spec.frame_size) * max(spec.codec.block_out_channels[:2])
     if not isinstance(spec.codec, WanCodecConfig):
         return 16 * math.prod(spec.frame_size) * spec.codec.frames
     widest = max(math.prod(s) // s[1] for v in cache_layouts(spec.codec).values() for s in v.shapes)

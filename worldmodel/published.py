@@ -1,6 +1,7 @@
-"""Published STARFlow-V weights: found, downloaded where allowed, and converted once to a world directory.
+"""Published STARFlow and STARFlow-V weights: found, downloaded where allowed, converted once to a world directory.
 
     apple/starflow-v            by name: from the cache, else from the Hugging Face Hub (HF_HUB_OFFLINE is respected)
+    apple/starflow              the model of pictures (3B), likewise
     FOLDER                      with the published .pth, the public .yaml (known for known files), and vae/
 
 A converted world has its flow in bfloat16 shards and the codec's tensors beside them; loading maps the files and puts
@@ -23,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from worldmodel.checkpoint import WorldSpec, check_fit, empty_modules, find_world, read_spec
+from worldmodel.codec.kl import KLCodecConfig, present_names
 from worldmodel.codec.wan import WanCodecConfig
 from worldmodel.condition.actions import ActionEncoderConfig
 from worldmodel.errors import CheckpointError
@@ -36,13 +38,20 @@ from worldmodel.files import (
     write_json,
 )
 from worldmodel.flow.flow import Flow
-from worldmodel.flow.published import PublishedModel, map_published, published_model, read_published_yaml
+from worldmodel.flow.published import (
+    CODECS,
+    PublishedModel,
+    map_published,
+    published_model,
+    read_published_yaml,
+)
 from worldmodel.sampling import Sampling
 
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 LICENCE = (
-    "The weights of STARFlow-V are an Apple Machine Learning Research Model, licensed for non-commercial research only: "
-    "https://huggingface.co/apple/starflow (LICENSE_MODEL). The Wan2.2 codec and flan-t5-xl are under Apache 2.0."
+    "The weights of STARFlow and STARFlow-V are an Apple Machine Learning Research Model, licensed for non-commercial "
+    "research only: https://huggingface.co/apple/starflow (LICENSE_MODEL). The Wan2.2 codec and flan-t5-xl are under "
+    "Apache 2.0, Stability AI's sd-vae-ft-ema is under MIT."
 )
 
 
@@ -89,7 +98,30 @@ RELEASES = {
             "vae": "Wan-AI/Wan2.2-TI2V-5B-Diffusers:0.6",
             "text": "google/flan-t5-xl",
         },
-    )
+    ),
+    "apple/starflow": Release(
+        "apple/starflow",
+        "starflow_3B_t2i_256x256.pth",
+        {
+            "img_size": 256,
+            "txt_size": 128,
+            "channel_size": 4,
+            "patch_size": 1,
+            "channels": 3072,
+            "blocks": 6,
+            "layers_per_block": "2 2 2 2 2 24",
+            "noise_std": 0.3,
+            "rope": 1,
+            "sos": 1,
+            "seq_order": "L2R",
+            "use_softplus": 1,
+            "cond_top_only": 1,
+            "use_final_norm": 1,
+            "soft_clip": 4,
+            "vae": "stabilityai/sd-vae-ft-ema",
+            "text": "google/flan-t5-xl",
+        },
+    ),
 }
 
 
@@ -127,16 +159,14 @@ def planned_spec(name: str | Path) -> WorldSpec:
     if str(name) not in RELEASES or Path(name).is_dir() or (_converted(name) / "world.json").is_file():
         return read_spec(obtain(name))
     model = published_model(RELEASES[str(name)].arguments, str(name))
-    codec = WanCodecConfig((0.0,) * 48, (1.0,) * 48, *model.frame_size, later_scale=model.later_scale)
-    return world_spec(model, codec, str(name))
+    return world_spec(model, _codec(model), str(name))
 
 
 def _from_hub(name: str, world: Path) -> Path:
     release = RELEASES[name]
     model = published_model(release.arguments, name)
     weights = download(name, release.repo, release.file, _sizes(flow_bytes(model)))
-    vae = [download(name, model.vae, f"vae/{file}", "2.8 GB") for file in VAE_FILES]
-    return convert(weights, model, vae[0].parent, world, name)
+    return convert(weights, model, _download_codec(name, model), world, name)
 
 
 def _from_folder(folder: Path) -> Path:
@@ -157,9 +187,7 @@ def _from_folder(folder: Path) -> Path:
         return world
     vae = folder / "vae"
     if not vae.is_dir():
-        vae = [download(folder.name, model.vae, f"vae/{file}", "2.8 GB", folder) for file in VAE_FILES][
-            0
-        ].parent
+        vae = _download_codec(folder.name, model, folder)
     return convert(weights, model, vae, world, known or weights.stem)
 
 
@@ -172,6 +200,16 @@ def _only(folder: Path, pattern: str) -> Path:
     return found[0]
 
 
+def _download_codec(name: str, model: PublishedModel, folder: Path | None = None) -> Path:
+    """The folder of the codec's files."""
+    codec = CODECS[model.vae]
+    found = [
+        download(name, model.vae, f"{codec.folder}{file}", codec.size, folder, f"vae/{file}")
+        for file in VAE_FILES
+    ]
+    return found[0].parent
+
+
 def flow_bytes(model: PublishedModel) -> int:
     """Bytes of a model's flow in bfloat16."""
     with torch.device("meta"):
@@ -182,28 +220,29 @@ def _sizes(half: int) -> str:
     return f"{half / 1e9:.1f} GB in bfloat16, twice that in float32"
 
 
-def download(name: str, repo: str, file: str, size: str, folder: Path | None = None) -> Path:
-    """A file of a Hub repository, from the Hub's own cache where it is there.
+def download(name: str, repo: str, file: str, size: str, folder: Path | None = None, place: str = "") -> Path:
+    """A file of a Hub repository, from the Hub's own cache where it is there. ``place``: what it is called in a folder
+    that is brought, where that is another name.
 
     Raises:
         CheckpointError: not there and not to be had; says what, how large, from where, and where to put it.
     """
     there = folder or "FOLDER"
-    place = f"put it at {there}/{file} (vae/ of the codec beside it) and load {there}"
+    advice = f"put it at {there}/{place or file} (vae/ of the codec beside it) and load {there}"
     wanted = f"{name} needs {file} ({size}) of https://huggingface.co/{repo}"
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
     except ImportError as error:
         raise CheckpointError(
-            f"{wanted}: {place}, or pip install 'worldmodel[hub]' to download it"
+            f"{wanted}: {advice}, or pip install 'worldmodel[hub]' to download it"
         ) from error
     try:
         return Path(hf_hub_download(repo, file))
     except (OSError, EntryNotFoundError, ValueError) as error:
         reason = "HF_HUB_OFFLINE is set" if _offline() else f"{' '.join(str(error).split()):.120}"
         raise CheckpointError(
-            f"{wanted}, which is not in the Hub's cache and cannot be fetched ({reason}): {place}"
+            f"{wanted}, which is not in the Hub's cache and cannot be fetched ({reason}): {advice}"
         ) from error
 
 
@@ -221,7 +260,21 @@ def show_licence() -> None:
         write_atomic(seen, lambda file: file.write_text(LICENCE + "\n"))
 
 
-def world_spec(model: PublishedModel, codec: WanCodecConfig, name: str) -> WorldSpec:
+def _codec(
+    model: PublishedModel, description: Mapping[str, Any] | None = None
+) -> WanCodecConfig | KLCodecConfig:
+    """A model's codec, as its config.json describes it; without that, as it is published (Wan's means are zero then)."""
+    if CODECS[model.vae].kind == "kl":
+        if description is None:
+            return KLCodecConfig(*model.frame_size)
+        return KLCodecConfig.from_diffusers(description, model.frame_size)
+    if description is None:
+        return WanCodecConfig((0.0,) * 48, (1.0,) * 48, *model.frame_size, later_scale=model.later_scale)
+    read = WanCodecConfig.from_diffusers(description, model.frame_size)
+    return replace(read, later_scale=model.later_scale)
+
+
+def world_spec(model: PublishedModel, codec: WanCodecConfig | KLCodecConfig, name: str) -> WorldSpec:
     """The ``world.json`` of a published model: prompts as actions, no heads, no bank, bfloat16."""
     return WorldSpec(
         name=name,
@@ -235,7 +288,7 @@ def world_spec(model: PublishedModel, codec: WanCodecConfig, name: str) -> World
         text=model.text,
         dtype="bfloat16",
         bank=False,
-        sampling=Sampling(guidance=3.5, tolerance=1e-3),
+        sampling=Sampling(guidance=model.guidance, tolerance=1e-3),
         provenance={"published": name, "licence": LICENCE},
     )
 
@@ -246,11 +299,13 @@ def convert(weights: Path, model: PublishedModel, vae: Path, world: Path, name: 
     Raises:
         CheckpointError: damaged files, keys or shapes that do not fit, or too little space on the disk.
     """
-    codec = WanCodecConfig.from_diffusers(read_json(vae / VAE_FILES[0]), model.frame_size)
-    spec = world_spec(model, replace(codec, later_scale=model.later_scale), name)
+    spec = world_spec(model, _codec(model, read_json(vae / VAE_FILES[0])), name)
     modules = empty_modules(spec)
     flow = map_published(modules["flow"]["flow"], read_pth(weights), str(weights))
-    coded = {f"vae.{k}": v for k, v in read_tensors(vae / VAE_FILES[1])[0].items()}
+    stored: Mapping[str, Tensor] = read_tensors(vae / VAE_FILES[1])[0]
+    if isinstance(spec.codec, KLCodecConfig):
+        stored = present_names(stored)
+    coded = {f"vae.{k}": v for k, v in stored.items()}
     check_fit(modules["codec"], coded, vae / VAE_FILES[1])
     needed = 2 * sum(v.numel() for v in flow.values()) + sum(v.nbytes for v in coded.values())
     world.parent.mkdir(parents=True, exist_ok=True)

@@ -79,8 +79,9 @@ def make(world: WorldModel, brief: Brief) -> Iterator[Made]:
     """The chunks of the result one after the other, as they are ready: those observed of a clip, then the imagined ones.
 
     Raises:
-        InputError: a prompt in a world that takes none, frames of another size, or a source too long for the window.
+        InputError: a prompt in a world that takes none, frames of another size, or as `imagined_chunks`.
     """
+    count = imagined_chunks(world, brief)
     caption = for_task(brief.prompt, "v2v") if brief.source is not None else brief.prompt
     prompts = [caption] if world.prompts is not None or caption else None
     state = world.initial_state([brief.seed], prompts)
@@ -92,14 +93,23 @@ def make(world: WorldModel, brief: Brief) -> Iterator[Made]:
             yield Made("observed", chunk)
     if not shown:
         state = world.begin_clip(state)
-    for _ in range(imagined_chunks(world, brief)):
+    for _ in range(count):
         state, chunk = world.step(state)
         yield Made("imagined", chunk)
 
 
 def imagined_chunks(world: WorldModel, brief: Brief) -> int:
-    """How many chunks `make` imagines."""
+    """How many chunks `make` imagines.
+
+    Raises:
+        InputError: more than one picture, or something to begin with, in a world of pictures; or a source and a target
+            that do not fit the window.
+    """
     if not world.spec.fps:
+        if any(x is not None for x in (brief.image, brief.clip, brief.source)) or (brief.chunks or 1) > 1:
+            raise InputError(
+                f"{world.spec.name} makes one picture of a prompt: nothing comes before it or after it"
+            )
         return 1
     given = _given(world, brief)
     seen = 0 if given is None else len(world.chunks_of(given[None]))

@@ -53,7 +53,7 @@ class WorldModel(WorldParts):
         captions, text, uncond = conditions(
             self.prompts, prompts, rows, self.spec.sampling.guidance > 0, self.device
         )
-        reach = min(config.window, self.flow.denoiser.reach)
+        reach = min(config.window, self.flow.denoiser_reach)
         tokens, dim = self.grid[0] * self.grid[1], config.token_dim
         codec = self.codec.initial_state(rows)
         zero = torch.zeros(rows, dtype=torch.int64)
@@ -172,7 +172,8 @@ class WorldModel(WorldParts):
         codec that decodes in a stream cannot skip a chunk.
 
         Raises:
-            InputError: wrong shape, dtype or range. WorldModelError: the model returned a value that is not finite.
+            InputError: wrong shape, dtype or range, or a second chunk in a world of pictures.
+            WorldModelError: the model returned a value that is not finite.
         """
         sampling = sampling or self.spec.sampling
         if not decode and state.codec:
@@ -369,6 +370,10 @@ class WorldModel(WorldParts):
     def _room(
         self, state: WorldState, sampling: Sampling, reserve: bool = True, look_ahead: bool = True
     ) -> Context:
+        if not self.spec.fps and bool(state.steps.any()):
+            raise InputError(
+                f"{self.spec.name} makes pictures: nothing comes after one; begin another session for another picture"
+            )
         keep = self.flow.config.context if sampling.context == "reencode" else None
         context = state.context if self.prompts is None else continued(self.prompts, state)
         context = make_room(self.flow.deep, context, keep, look_ahead)

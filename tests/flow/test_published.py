@@ -129,7 +129,6 @@ def test_unknown_and_unused_arguments_are_refused() -> None:
         ("cond_top_only", False),
         ("use_softplus", False),
         ("seq_order", "R2L"),
-        ("learnable_self_denoiser", False),
         ("shallow_block_local", False),
     ):
         with pytest.raises(ConfigError, match=f"{name} is {value!r}") as error:
@@ -137,6 +136,14 @@ def test_unknown_and_unused_arguments_are_refused() -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="num_blocks is 9"):
         config_from_published({**ARGUMENTS, "num_blocks": 9})
+
+
+def test_without_a_learned_denoiser_there_is_none(weights: dict[str, Tensor]) -> None:
+    flow = Flow(config_from_published({**ARGUMENTS, "learnable_self_denoiser": False}))
+    assert flow.denoiser is None
+    load_published(flow, {k: v for k, v in weights.items() if not k.startswith("learnable_self_denoiser.")})
+    with pytest.raises(CheckpointError, match="unexpected: learnable_self_denoiser"):
+        load_published(flow, weights)
 
 
 @pytest.mark.parametrize("name", ["in_channels", "channels", "layers_per_block"])

@@ -1,7 +1,7 @@
 """The whole flow: noisy latents <-> noise, and the exact density in between.
 
     forward   x~ -> shallow blocks 0 .. K-2 (each frame alone) -> u -> deep block (all frames, condition) -> z
-    inverse   z -> deep block -> u -> shallow blocks K-2 .. 0 -> x~, then the denoiser -> x
+    inverse   z -> deep block -> u -> shallow blocks K-2 .. 0 -> x~, then the denoiser (where there is one) -> x
 
 Axis letters: B batch, T latent frames, N tokens of a frame, D token dimension (p*p*C), C channels, h w latent grid,
 L condition tokens, E action features. Tokens are in raster order between blocks.
@@ -36,7 +36,8 @@ class FlowConfig:
     denoiser, and of the deep block. layers_per_block: one entry a block, the last is the deep block.
     text_tokens, text_dim: condition tokens L and their width, 0 for none. action_features: E, 0 for none.
     noise_std: sigma_n of the noise that the flow's density includes. window, context: latent frames kept, and kept
-    when a full window is re-encoded.
+    when a full window is re-encoded. denoiser_layers: 0 for a flow without a learned denoiser, whose own score takes the
+    noise off (`worldmodel.denoising`).
     """
 
     in_channels: int
@@ -160,21 +161,23 @@ class Flow(nn.Module):
             c.soft_clip,
             c.position_scale,
         )
-        self.denoiser = Denoiser(
-            Transformer(
-                c.token_dim,
-                c.token_dim,
-                c.denoiser_channels or c.channels,
-                c.denoiser_layers,
-                c.head_dim,
-                text if c.denoiser_conditional else 0,
-                c.action_features if c.denoiser_conditional else 0,
-                c.final_norm,
-            ),
-            c.denoiser_look_ahead,
-            c.denoiser_window,
-            c.position_scale,
-        )
+        self.denoiser: Denoiser | None = None
+        if c.denoiser_layers:
+            self.denoiser = Denoiser(
+                Transformer(
+                    c.token_dim,
+                    c.token_dim,
+                    c.denoiser_channels or c.channels,
+                    c.denoiser_layers,
+                    c.head_dim,
+                    text if c.denoiser_conditional else 0,
+                    c.action_features if c.denoiser_conditional else 0,
+                    c.final_norm,
+                ),
+                c.denoiser_look_ahead,
+                c.denoiser_window,
+                c.position_scale,
+            )
 
     # ---- tokens ---------------------------------------------------------------------------------------------------
     def grid(self, latent_size: tuple[int, int]) -> tuple[int, int]:
@@ -313,6 +316,11 @@ class Flow(nn.Module):
         return x if given is None else torch.cat((given, x[:, given.shape[1] :]), dim=1)
 
     # ---- denoiser -------------------------------------------------------------------------------------------------
+    @property
+    def denoiser_reach(self) -> int:
+        """Noisy frames that denoising the newest one needs, itself included; 1 without a denoiser."""
+        return 1 if self.denoiser is None else self.denoiser.reach
+
     def denoise(
         self,
         x: Tensor,
@@ -321,7 +329,10 @@ class Flow(nn.Module):
         features: Tensor | None = None,
         valid: Tensor | None = None,
     ) -> Tensor:
-        """Noisy tokens (B, T, N, D) to clean ones: ``x~ - 0.3 s(x~)``; see `Denoiser.score`."""
+        """Noisy tokens (B, T, N, D) to clean ones: ``x~ - 0.3 s(x~)``; only for a flow that has a denoiser, see
+        `Denoiser.score`.
+        """
+        assert self.denoiser is not None
         return x - SCORE_SCALE * self.denoiser.score(x, grid, text, features, valid)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The published STARFlow-V names: configuration, constructor arguments and state-dict keys, mapped strictly."""
+"""The names STARFlow and STARFlow-V are published under: configuration, arguments, state-dict keys; mapped strictly."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from torch import Tensor
@@ -41,22 +41,21 @@ _FIXED = {
     "cond_top_only": True,
     "use_softplus": True,
     "seq_order": "L2R",
-    "learnable_self_denoiser": True,
     "shallow_block_local": True,
 }
-_IRRELEVANT = ("img_size", "num_blocks")
+_OTHERS = ("img_size", "num_blocks", "learnable_self_denoiser")
 
 
 def config_from_published(arguments: Mapping[str, Any], **overrides: Any) -> FlowConfig:
-    """A `FlowConfig` from the reference constructor's arguments.
+    """A `FlowConfig` from the reference constructor's arguments; without ``learnable_self_denoiser`` it has no denoiser.
 
     Raises:
         ConfigError: an unknown or missing argument, or one set to what STARFlow-V does not use.
     """
-    unknown = sorted(set(arguments) - set(_ARGUMENTS) - set(_FIXED) - set(_IRRELEVANT))
+    unknown = sorted(set(arguments) - set(_ARGUMENTS) - set(_FIXED) - set(_OTHERS))
     if unknown:
         raise ConfigError(
-            f"unknown model arguments {unknown}; known: {sorted({*_ARGUMENTS, *_FIXED, *_IRRELEVANT})}"
+            f"unknown model arguments {unknown}; known: {sorted({*_ARGUMENTS, *_FIXED, *_OTHERS})}"
         )
     for name, value in _FIXED.items():
         if arguments.get(name, value) != value:
@@ -71,6 +70,8 @@ def config_from_published(arguments: Mapping[str, Any], **overrides: Any) -> Flo
             f"num_blocks is {blocks} but layers_per_block has {len(values['layers_per_block'])} entries"
         )
     values.setdefault("top_channels", values["channels"])
+    if not arguments.get("learnable_self_denoiser", True):
+        values["denoiser_layers"] = 0
     return FlowConfig(**{**values, **overrides})
 
 
@@ -104,9 +105,29 @@ _SETTLED = {"nvp": 1, "adaln": 0}
 
 
 @dataclass(frozen=True)
+class PublishedCodec:
+    """A codec that published configurations name: kind, pixels of a latent cell's side, the folder of its files in its
+    Hub repository, and their size.
+    """
+
+    kind: Literal["wan", "kl"]
+    stride: int
+    folder: str
+    size: str
+
+
+CODECS = {
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": PublishedCodec("wan", 16, "vae/", "2.8 GB"),
+    "stabilityai/sd-vae-ft-ema": PublishedCodec("kl", 8, "", "0.3 GB"),
+}
+"""By Hub repository."""
+
+
+@dataclass(frozen=True)
 class PublishedModel:
-    """What a public configuration says: the flow, the template of its prompts, the codec's Hub repository and the scale
-    of its later latents, frames (height, width) in pixels at 16:9, and frames a second.
+    """What a public configuration says: the flow, the template of its prompts, the codec's Hub repository (one of
+    `CODECS`) and the scale of its later latents, frames (height, width) in pixels at 16:9 (pictures: square), frames a
+    second (pictures: 0); and the guidance of its authors' sampling commands.
     """
 
     flow: FlowConfig
@@ -115,6 +136,7 @@ class PublishedModel:
     later_scale: float
     frame_size: tuple[int, int]
     fps: float
+    guidance: float
 
 
 def read_published_yaml(path: Path) -> PublishedModel:
@@ -136,7 +158,8 @@ def read_published_yaml(path: Path) -> PublishedModel:
 
 
 def published_model(given: Mapping[str, Any], where: str) -> PublishedModel:
-    """From the arguments of the public training script; a flag that is absent is off.
+    """From the arguments of the public training script; a flag that is absent is off, a model without ``vid_size`` is
+    one of pictures.
 
     Raises:
         ConfigError: unknown, missing or unusable arguments; ``where`` names their source.
@@ -144,11 +167,6 @@ def published_model(given: Mapping[str, Any], where: str) -> PublishedModel:
     known = {*_FLAGS, *_RENAMED_ARGUMENTS, *_AS_THEY_ARE, *_OTHER, *_TRAINING, *_SETTLED}
     if unknown := sorted(set(given) - known):
         raise ConfigError(f"{where}: unknown arguments {', '.join(unknown)}")
-    if "vid_size" not in given:
-        raise ConfigError(
-            f"{where}: no vid_size, so this configures a model of pictures (STARFlow 3B), whose codec and score-based "
-            "denoising are not supported; use a STARFlow-V configuration"
-        )
     for name, value in _SETTLED.items():
         if given.get(name, value) != value:
             raise ConfigError(f"{where}: {name} is {given[name]!r}; STARFlow-V needs {value!r}")
@@ -158,13 +176,21 @@ def published_model(given: Mapping[str, Any], where: str) -> PublishedModel:
         arguments |= {ours: given[theirs] for theirs, ours in _RENAMED_ARGUMENTS.items() if theirs in given}
         arguments["layers_per_block"] = [int(n) for n in str(given["layers_per_block"]).split()]
         arguments["txt_dim"] = _text_width(str(given["text"]))
-        frames, fps = (int(n) for n in str(given["vid_size"]).split(":"))
         vae, _, scale = str(given["vae"]).partition(":")
-        area, stride = int(given["img_size"]) ** 2, 16
-        flow = config_from_published(
-            arguments, noise_std=float(given["noise_std"]), **_window(1 + (frames - 1) // 4)
-        )
-        height, width = (round((area * r) ** 0.5 / stride) * stride for r in (9 / 16, 16 / 9))
+        if vae not in CODECS:
+            raise ConfigError(f"codec {vae!r} is not known ({', '.join(CODECS)})")
+        area, stride, ratio = int(given["img_size"]) ** 2, CODECS[vae].stride, 1.0
+        frames = fps = 0
+        if video := "vid_size" in given:
+            frames, fps = (int(n) for n in str(given["vid_size"]).split(":"))
+            ratio = 16 / 9
+        else:
+            arguments["shallow_block_local"] = True  # of the one frame that there is
+        side = int(given["img_size"]) // stride // int(given.get("patch_size", 1))
+        arguments.setdefault("pt_seq_len", side)  # tokens of a side in training
+        window = 1 + (frames - 1) // 4 if video else 1
+        flow = config_from_published(arguments, noise_std=float(given["noise_std"]), **_window(window))
+        height, width = (round((area * r) ** 0.5 / stride) * stride for r in (1 / ratio, ratio))
         later = float(scale) if scale else 1.0
     except KeyError as error:
         raise ConfigError(f"{where}: missing argument {error}") from error
@@ -173,9 +199,8 @@ def published_model(given: Mapping[str, Any], where: str) -> PublishedModel:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     flags = {ours: bool(given.get(theirs, 0)) for ours, theirs in _TEMPLATE.items()}
-    return PublishedModel(
-        flow, TextConfig(str(given["text"]), **flags), vae, later, (height, width), float(fps)
-    )
+    text = TextConfig(str(given["text"]), **flags, extend=video)
+    return PublishedModel(flow, text, vae, later, (height, width), float(fps), 3.5 if video else 3.6)
 
 
 _TEMPLATE = {"fps": "fps_cond", "noise_level": "cond_noise_level", "aspect": "mix_aspect"}

@@ -25,7 +25,7 @@ from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
 from worldmodel.condition.spaces import pack_actions, packed_size
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.flow.affine import LOG_2PI
-from worldmodel.flow.denoiser import SCORE_SCALE
+from worldmodel.flow.denoiser import SCORE_SCALE, Denoiser
 from worldmodel.flow.flow import Density, Flow, FlowConfig
 from worldmodel.heads import Heads, HeadsConfig
 from worldmodel.training.codec import LatentEpisode
@@ -66,6 +66,8 @@ class FlowTraining:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be used."""
+        if not self.model.denoiser_layers:
+            raise ConfigError("model.denoiser_layers is 0, expected at least 1: training fits a denoiser too")
         if not 2 <= self.length <= self.model.window:
             raise ConfigError(f"length is {self.length}, expected 2 to the window of {self.model.window}")
 
@@ -189,7 +191,7 @@ class FlowStage:
         self.starts, self.rows = data.places(config.length), ranks.rows(config.batch)
         ranks.shard(self.parts, config.recompute)
         self.density: Callable[..., Density] = self.flow
-        self.score: Callable[..., Tensor] = self.flow.denoiser.score
+        self.score: Callable[..., Tensor] = cast(Denoiser, self.flow.denoiser).score
         plain = ranks.size == 1 and not config.recompute
         if config.compiled and plain and shutil.which(os.environ.get("CXX", "g++")):
             warnings.filterwarnings("ignore", message=".*lru_cache.*")  # the cached tables are pure
