@@ -71,7 +71,7 @@ def float32_weights(world: WorldModel) -> WorldModel:
     twin, fits = copy.copy(world), packed._fits_half
     for part in ("flow", "codec", "actions", "heads"):
         setattr(twin, part, copy.deepcopy(getattr(world, part)))
-    packed._fits_half = lambda _: False
+    packed._fits_half = lambda weight: False
     try:
         state, _ = twin.reset([0])  # at first use, copies pack again
         twin.step(state, random_actions(twin, 1))

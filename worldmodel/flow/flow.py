@@ -345,4 +345,5 @@ class Flow(nn.Module):
         valid: Tensor | None = None,
     ) -> Tensor:
         """The last frame of `denoise`, (B, 1, N, D)."""
+        assert self.denoiser is not None
         return x[:, -1:] - SCORE_SCALE * self.denoiser.newest_score(x, grid, text, features, valid)
