@@ -40,6 +40,7 @@ RETRY_AFTER = 2.0  # seconds without a reply after which a request is sent again
 HANDSHAKE = 1.5  # seconds from a TCP connection to the end of its handshake
 HIGH_WATER = 8  # requests under way at once; a vector environment opens a connection for so many slots
 _SURE = 3  # broken handshakes in a row; a server that is going down may break one
+_DONTWAIT, _MORE, _POLLIN = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE), int(zmq.POLLIN)
 _FULL = 0.005  # seconds until a socket that takes nothing is tried again
 _REFUSED = (
     "the handshake failed: a wrong server key, a client key that is not allowed (worldmodel keys allow), no keys for "
@@ -196,8 +197,9 @@ class Connection:
             try:
                 while waiting := [call for call in calls if call.reply is None]:
                     now = time.monotonic()
-                    self._send(now)
-                    self._pump(min([self._next(now), *(call.deadline for call in waiting)]) - now)
+                    if self._next() <= now:
+                        self._send(now)
+                    self._pump(min([self._next(), *(call.deadline for call in waiting)]) - now)
                     self._give_up(waiting, time.monotonic())
             finally:
                 for call in calls:
@@ -281,33 +283,39 @@ class Connection:
         for call in self._calls.values():
             if call.reply is None and call.due <= now:
                 try:
-                    self._socket.send_multipart(call.frames, zmq.DONTWAIT, copy=False)
+                    for part in call.frames[:-1]:
+                        self._socket.send(part, _MORE, copy=False)
+                    self._socket.send(call.frames[-1], _DONTWAIT, copy=False)
                 except zmq.Again:
                     call.due = now + _FULL
                     return
                 call.due = now + RETRY_AFTER
 
-    def _next(self, now: float) -> float:
+    def _next(self) -> float:
         """When there is something to do even if nothing arrives."""
         if self._refusals >= _SURE:  # known before the wait for it began
-            return now
+            return 0.0
         times = [call.due for call in self._calls.values() if call.reply is None] if self.connected else []
         if self._shaking is not None:
             times.append(self._shaking + HANDSHAKE)
-        return max(now, min(times, default=math.inf))
+        return min(times, default=math.inf)
 
     def _pump(self, seconds: float) -> None:
         """Wait that long at most, then take in what has arrived."""
         ready = dict(self._poller.poll(max(0, math.ceil(1000 * seconds))))
         if self._socket in ready:
-            for _ in range(len(self._calls)):
-                self._receive(self._socket.recv_multipart(zmq.DONTWAIT, copy=False))
-                if not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            self._receive()
+            for _ in range(len(self._calls) - 1):
+                if not self._socket.get(zmq.EVENTS) & _POLLIN:  # type: ignore[operator]
                     break
+                self._receive()
         if self._monitor in ready:
             self._look()
 
-    def _receive(self, frames: Sequence[zmq.Frame]) -> None:
+    def _receive(self) -> None:
+        frames = [self._socket.recv(_DONTWAIT, copy=False)]
+        while frames[-1].more:
+            frames.append(self._socket.recv(copy=False))
         reply = decode_reply([frame.buffer for frame in frames])
         call = self._calls.get(reply.id)
         if call is None or call.reply is not None:
@@ -322,7 +330,7 @@ class Connection:
 
     def _look(self) -> None:
         """Take in what the monitor has to tell."""
-        while int(self._monitor.get(zmq.EVENTS)) & zmq.POLLIN:
+        while self._monitor.get(zmq.EVENTS) & _POLLIN:  # type: ignore[operator]
             self._notice(zmq_monitor.recv_monitor_message(self._monitor)["event"])
 
     def _notice(self, event: int) -> None:

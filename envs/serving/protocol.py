@@ -11,7 +11,8 @@ import secrets
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -33,9 +34,19 @@ MAX_SEQ = (1 << 63) - 1
 MAX_FORK = 256  # sessions at a time; their names must fit the header
 MAX_IMAGINE = 1024  # chunks
 MAX_DRAWS = 64
+LIMITS = {
+    "message": MAX_MESSAGE,
+    "header": MAX_HEADER,
+    "arrays": MAX_BLOBS,
+    "fork": MAX_FORK,
+    "imagine": MAX_IMAGINE,
+    "draws": MAX_DRAWS,
+}
+"""What `hello` says of them, beside those of the server."""
 NO_ID = bytes(ID_BYTES)
 
 DTYPES = {name: np.dtype(name) for name in ("|u1", "|i1", "|b1", "<i2", "<i4", "<i8", "<f2", "<f4", "<f8")}
+_NAMES = {kind: name for name, kind in DTYPES.items()}
 CODES = (
     "bad_frame",
     "bad_version",
@@ -149,14 +160,17 @@ _LIMITS = {
     "max_ext_len": 0,
     "raw": False,
 }
+_KEYS = "keys of a map must be strings, each one once"
 _REQUEST_KEYS = frozenset({"v", "op", "id", "session", "seq", "deadline", "args", "arrays"})
 _REPLY_KEYS = frozenset(
     {"v", "id", "ok", "result", "arrays", "code", "message", "retry_after", "correlation"}
 )
 
 
-@dataclass(frozen=True)
-class Request:
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Request(NamedTuple):
     """A request as it was understood.
 
     id: 16 bytes, the client's. session: 24 bytes or None. seq: for the ops that change a session. deadline: seconds
@@ -168,17 +182,16 @@ class Request:
     session: bytes | None = None
     seq: int | None = None
     deadline: float | None = None
-    args: Mapping[str, Any] = field(default_factory=dict)
-    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    args: Mapping[str, Any] = _NOTHING
+    arrays: Mapping[str, np.ndarray] = _NOTHING
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """A reply: result and arrays, or an error."""
 
     id: bytes = NO_ID
-    result: Mapping[str, Any] = field(default_factory=dict)
-    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    result: Mapping[str, Any] = _NOTHING
+    arrays: Mapping[str, np.ndarray] = _NOTHING
     error: ServingError | None = None
 
 
@@ -195,9 +208,12 @@ def encode_request(request: Request) -> list[bytes | memoryview]:
         ServingError: an array of another dtype (``bad_frame``), or a message over the limits (``too_large``).
     """
     header: dict[str, Any] = {"v": VERSION, "op": request.op, "id": request.id}
-    for name in ("session", "seq", "deadline"):
-        if getattr(request, name) is not None:
-            header[name] = getattr(request, name)
+    if request.session is not None:
+        header["session"] = request.session
+    if request.seq is not None:
+        header["seq"] = request.seq
+    if request.deadline is not None:
+        header["deadline"] = request.deadline
     if request.args:
         header["args"] = dict(request.args)
     return _frames(header, request.arrays)
@@ -220,12 +236,16 @@ def _frames(header: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> list[by
     blobs = []
     described = []
     for name, value in arrays.items():
-        array = np.ascontiguousarray(value) if value.ndim else value
-        dtype = array.dtype.newbyteorder("<").str if array.dtype.kind in "iufb" else str(array.dtype)
-        if dtype not in DTYPES:
-            raise ServingError("bad_frame", f"{name} has dtype {array.dtype}; expected one of {[*DTYPES]}")
-        array = array.astype(DTYPES[dtype], copy=False)
-        described.append([name, dtype, list(array.shape)])
+        array = value if value.flags.c_contiguous else np.ascontiguousarray(value)
+        dtype = _NAMES.get(array.dtype)
+        if dtype is None:
+            dtype = array.dtype.newbyteorder("<").str if array.dtype.kind in "iufb" else str(array.dtype)
+            if dtype not in DTYPES:
+                raise ServingError(
+                    "bad_frame", f"{name} has dtype {array.dtype}; expected one of {[*DTYPES]}"
+                )
+            array = array.astype(DTYPES[dtype])
+        described.append((name, dtype, array.shape))
         blobs.append(array.reshape(-1).view(np.uint8).data if array.size else memoryview(b""))
     if described:
         header["arrays"] = described
@@ -282,39 +302,47 @@ def _bad(message: str) -> ServingError:
 
 
 def _header(frames: Sequence[Any]) -> dict[str, Any]:
-    if len(frames) < 2 or bytes(frames[0][: len(MAGIC) + 1]) != MAGIC:
+    if len(frames) < 2 or frames[0] != MAGIC:
         raise _bad(f"expected [{MAGIC!r}, header, blobs]; is this a worldmodel client?")
     if len(frames) > 2 + MAX_BLOBS:
         raise ServingError("too_large", f"{len(frames) - 2} blobs, at most {MAX_BLOBS}")
     if len(frames[1]) > MAX_HEADER:
         raise ServingError("too_large", f"a header of {len(frames[1])} bytes, at most {MAX_HEADER}")
-    if sum(len(blob) for blob in frames[2:]) > MAX_MESSAGE:
+    if sum(map(len, frames[2:])) > MAX_MESSAGE:
         raise ServingError("too_large", f"over {MAX_MESSAGE} bytes in one message")
     try:
-        header = msgpack.unpackb(frames[1], object_pairs_hook=_pairs, **_LIMITS)
+        header = msgpack.unpackb(frames[1], **_LIMITS)
+        if not isinstance(header, dict):
+            raise _bad("the header is no map")
+        _check_tree(header, MAX_DEPTH)
+        if msgpack.packb(header) != frames[1]:  # not in its shortest form, or a key that is there twice
+            msgpack.unpackb(frames[1], object_pairs_hook=_pairs, **_LIMITS)
     except ServingError:
         raise
     except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
         raise _bad(f"the header is not what it should be ({' '.join(str(error).split())[:80]})") from None
-    if not isinstance(header, dict):
-        raise _bad("the header is no map")
-    _shallow(header, MAX_DEPTH)
     return header
 
 
 def _pairs(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
     result = dict(pairs)
-    if len(result) != len(pairs) or any(type(key) is not str for key in result):
-        raise _bad("keys of a map must be strings, each one once")
+    if len(result) != len(pairs):
+        raise _bad(_KEYS)
     return result
 
 
-def _shallow(value: Any, depth: int) -> None:
-    if isinstance(value, dict | list):
-        if not depth:
-            raise _bad(f"the header is nested deeper than {MAX_DEPTH}")
-        for item in value.values() if isinstance(value, dict) else value:
-            _shallow(item, depth - 1)
+def _check_tree(value: dict[Any, Any] | list[Any], depth: int) -> None:
+    """Keys are strings, and nothing is nested too deep."""
+    if not depth:
+        raise _bad(f"the header is nested deeper than {MAX_DEPTH}")
+    if type(value) is dict:
+        for key in value:
+            if type(key) is not str:
+                raise _bad(_KEYS)
+        value = value.values()  # type: ignore[assignment]
+    for item in value:
+        if type(item) is dict or type(item) is list:
+            _check_tree(item, depth - 1)
 
 
 def _version(header: Mapping[str, Any]) -> None:
@@ -419,60 +447,6 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "handles": lambda v: isinstance(v, list) and all(map(_is_handle, v)),
 }
 """Argument kinds. handle: 24 bytes, a session or a snapshot. names: a list of `WANTED`. texts: a map of strings."""
-
-
-# ---- actions --------------------------------------------------------------------------------------------------------
-def encode_action(action: Any, name: str = "action") -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """An action as arrays and texts: a leaf is "action", a leaf of a dict "action/KEY" (~1 for /, ~0 for ~).
-
-    Raises:
-        ServingError: ``bad_frame``: a leaf that is neither a string nor an array of numbers.
-    """
-    if isinstance(action, Mapping):
-        arrays: dict[str, np.ndarray] = {}
-        texts: dict[str, str] = {}
-        for key, value in action.items():
-            inner = encode_action(value, f"{name}/{str(key).replace('~', '~0').replace('/', '~1')}")
-            arrays |= inner[0]
-            texts |= inner[1]
-        return arrays, texts
-    if isinstance(action, str):
-        return {}, {name: action}
-    array = np.asarray(action)
-    if array.dtype.kind not in "iufb":
-        raise ServingError("bad_frame", f"{name} of type {type(action).__name__} is not an array of numbers")
-    if array.dtype.newbyteorder("<").str not in DTYPES:
-        array = array.astype(np.int64 if array.dtype.kind in "iu" else np.float64)
-    return {name: array}, {}
-
-
-def decode_action(arrays: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> Any:
-    """The action that `encode_action` took apart, or None where there is none.
-
-    Raises:
-        ServingError: ``bad_frame``: names that do not make one action.
-    """
-    action: Any = None
-    leaves = {k: v for k, v in arrays.items() if k.split("/")[0] == "action"}
-    if set(leaves) & set(texts) or any(k.split("/")[0] != "action" for k in texts):
-        raise _bad("texts are leaves of the action that are not arrays")
-    for name, value in {**leaves, **texts}.items():
-        path = [part.replace("~1", "/").replace("~0", "~") for part in name.split("/")[1:]]
-        if not path:
-            if action is not None:
-                raise _bad("an action is either a leaf or a dict")
-            action = value
-            continue
-        if len(path) > MAX_DEPTH:
-            raise _bad(f"an action nested deeper than {MAX_DEPTH}")
-        action = {} if action is None else action
-        place = action
-        for part in path[:-1]:
-            place = place.setdefault(part, {}) if isinstance(place, dict) else None
-        if not isinstance(place, dict) or path[-1] in place:
-            raise _bad("an action is either a leaf or a dict")
-        place[path[-1]] = value
-    return action
 
 
 # ---- broadcasts: a whole message in one frame, so that a subscriber can keep only the newest --------------------------

@@ -22,9 +22,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from envs.serving.batches import Batch
 from envs.serving.protocol import OPS, Request, ServingError, decode_request, encode_request
 from envs.serving.worker import Finished, Job, Outcome
-from envs.serving.world_backend import Batch, WorldBackend
+from envs.serving.world_backend import WorldBackend
 from envs.snapshot import Snapshot
 from worldmodel.errors import InputError, WorldModelError
 from worldmodel.world import WorldModel
@@ -303,7 +304,7 @@ class RayBackend:
             seat.pinned -= len(job.made)
             return
         parent = self._pinned.get(request.session or b"")
-        create = _bytes(replace(request, arrays={})) if parent is None else parent.create
+        create = _bytes(request._replace(arrays={})) if parent is None else parent.create
         for name in job.made:
             self._pinned[name] = Pinned(seat, create, request.op == "snapshot")
         changed = [*job.made]

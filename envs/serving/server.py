@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import zmq
 
 from envs.serving import protocol
 from envs.serving.health import HealthPages, resident_bytes
+from envs.serving.mailbox import Calls
 from envs.serving.protocol import Reply, Request, ServingError, decode_request, encode_reply
 from envs.serving.security import KeyStore, ZapHandler, is_loopback
 from envs.serving.sessions import (
@@ -27,10 +27,9 @@ from envs.serving.sessions import (
     Session,
     SessionTable,
     Waiter,
-    digest,
 )
-from envs.serving.transport import Inbox, Message, Transport
-from envs.serving.viewers import MAX_WAIT, Parked, Viewers
+from envs.serving.transport import Message, Transport
+from envs.serving.viewers import Viewers
 from envs.serving.worker import Backend, Finished, Job, Outcome, Worker, internal_error
 from worldmodel import __version__
 from worldmodel.errors import InputError
@@ -82,7 +81,7 @@ class WorldServer:
         self._store = keys
         self._context: zmq.Context[Any] = zmq.Context(io_threads=1)
         self._context.set(zmq.MAX_SOCKETS, 16384)
-        self._inbox = Inbox()
+        self._inbox = Calls()
         pair = None if keys is None else keys.server()
         self.zap = None if keys is None else ZapHandler(self._context, keys)
         try:
@@ -91,9 +90,12 @@ class WorldServer:
             self._shut()
             raise
         self.public_key = None if pair is None else pair.public
-        self.viewers = Viewers(self._context, pair, backend.facts, self._answer, self._inbox.post)
-        self.worker = Worker(backend, lambda done: self._inbox.post(lambda: self._finish(done)), window, rows)
+        self.viewers = Viewers(self._context, pair, backend.facts, self._answer, self._inbox.ask)
+        self.worker = Worker(backend, lambda done: self._inbox.ask(lambda: self._finish(done)), window, rows)
         self._running: dict[Job, Running] = {}
+        self._handed: list[
+            Job
+        ] = []  # for the worker, which is woken once for all, when nothing is left to read
         self._queued_bytes = 0
         self._began = time.monotonic()
         self._beat = self._began
@@ -125,13 +127,13 @@ class WorldServer:
                     registered = self.transport.socket
                     poller.register(registered, zmq.POLLIN)
                 waiting = self.transport.flush()
-                poller.poll(1 if waiting else int(1000 * TICK))
-                self._inbox.run()
-                for _ in range(256):
-                    message = self.transport.receive()
-                    if message is None:
-                        break
-                    self._take(message)
+                self.worker.submit(self._handed)
+                self._handed = []
+                ready = dict(poller.poll(1 if waiting else int(1000 * TICK)))
+                if self._inbox.fileno() in ready:
+                    self._inbox.make()
+                if registered in ready:
+                    self._read()
                 self._tick()
         finally:
             self._shut()
@@ -209,6 +211,14 @@ class WorldServer:
         }
 
     # ---- a message in ----------------------------------------------------------------------------------------
+    def _read(self) -> None:
+        """Take what has arrived, and look up now and then."""
+        for _ in range(64):
+            message = self.transport.receive()
+            if message is None:
+                return
+            self._take(message)
+
     def _take(self, message: Message) -> None:
         """Check a message, and answer it or see to it that it will be."""
         waiter = Waiter(message.address, protocol.NO_ID)
@@ -236,25 +246,24 @@ class WorldServer:
         if not (op.session or op.once):
             return self._at_once(request, owner, now)
         session = None
-        mark = digest(request)
         if not op.seq:
-            stored = self.table.once(principal, request, mark, waiter)
+            stored = self.table.once(principal, request, waiter)
             if stored is not None or request.id in principal.running:
                 return stored
         if request.session is not None:
             session = self.table.find(request.session, owner, now)
         if request.op == "next" and session is not None:
-            self._park(request, session, waiter, now)
+            self.viewers.park(request, session, waiter, now)
             return None
         if request.op == "broadcast" and session is not None:
-            return Reply(request.id, self._broadcast(request, session))
+            return Reply(request.id, self.viewers.broadcast(request, session, self.url.rpartition(":")[0]))
         if op.seq and session is not None:
-            stored = self.table.step(session, request, mark, waiter)
+            stored = self.table.step(session, request, waiter)
             if stored is not None:
-                return replace(stored, id=request.id)
+                return stored._replace(id=request.id)
             if session.running is not None:
                 return None
-        self._submit(request, waiter, owner, session, mark, now)
+        self._submit(request, waiter, owner, session, now)
         return None
 
     def _submit(
@@ -263,7 +272,6 @@ class WorldServer:
         waiter: Waiter,
         owner: str,
         session: Session | None,
-        mark: bytes,
         now: float,
     ) -> None:
         """Give it to the worker, if there is room."""
@@ -290,7 +298,7 @@ class WorldServer:
                 raise ServingError("too_large", f"fork({count}): at most {protocol.MAX_FORK} at a time")
         made = self.table.reserve(owner, count, request.op == "snapshot") if count else ()
         job = Job(request, made, now + request.deadline if request.deadline else float("inf"))
-        running = Running(owner, mark, job, [waiter])
+        running = Running(owner, job, [waiter])
         self._running[job] = running
         self._queued_bytes += _nbytes(request)
         if op.seq and session is not None:
@@ -299,7 +307,7 @@ class WorldServer:
             session.reads += 1
         if not op.seq:
             principal.running[request.id] = running
-        self.worker.submit(job)
+        self._handed.append(job)
 
     def _at_once(self, request: Request, owner: str, now: float) -> Reply:
         """Requests that neither a session nor the model is needed for."""
@@ -325,40 +333,22 @@ class WorldServer:
         return Reply(request.id, self.metrics())
 
     def _facts(self) -> dict[str, Any]:
-        limits = {
-            "message": protocol.MAX_MESSAGE,
-            "header": protocol.MAX_HEADER,
-            "arrays": protocol.MAX_BLOBS,
-            "sessions": self.limits.sessions,
-            "snapshots": self.limits.snapshots,
-            "fork": protocol.MAX_FORK,
-            "imagine": protocol.MAX_IMAGINE,
-            "draws": protocol.MAX_DRAWS,
-        }
         return {
             "server": f"worldmodel {__version__}",
             "protocol": protocol.VERSION,
             "epoch": self.table.epoch,
             "lease": self.limits.lease,
             "auth": "none" if self._store is None else "curve",
-            "limits": limits,
+            "limits": {
+                **protocol.LIMITS,
+                "sessions": self.limits.sessions,
+                "snapshots": self.limits.snapshots,
+            },
             **self._backend.facts,
         }
 
     def _space(self) -> np.ndarray:
         return np.frombuffer(self._backend.action_space, np.uint8)
-
-    def _park(self, request: Request, session: Session, waiter: Waiter, now: float) -> None:
-        wait = min(MAX_WAIT, max(0.0, float(request.args.get("wait", 10.0))))
-        quality = _quality(request, None)
-        self.viewers.park(Parked(session, waiter, int(request.args.get("after", 0)), now + wait, quality))
-
-    def _broadcast(self, request: Request, session: Session) -> dict[str, Any]:
-        if request.args.get("on", True):
-            quality = _quality(request, 90) or 90
-            return {"port": self.viewers.broadcast(session, self.url.rpartition(":")[0], quality)}
-        self.viewers.silence(session)
-        return {}
 
     # ---- a result back from the worker -----------------------------------------------------------------------
     def _finish(self, done: list[Finished]) -> None:
@@ -369,8 +359,26 @@ class WorldServer:
                 continue
             self._queued_bytes -= _nbytes(job.request)
             reply = self._committed(job, running, outcome)
-            for waiter in running.waiters:
-                self._answer(waiter, replace(reply, id=waiter.request))
+            try:
+                for waiter in running.waiters:
+                    self._answer(waiter, reply._replace(id=waiter.request))
+            finally:
+                self._remember(running, reply)
+
+    def _remember(self, running: Running, reply: Reply) -> None:
+        """Keep a reply for retries; after it is on its way, since the digest of a large request takes a while."""
+        if reply.error is not None:
+            return
+        request = running.job.request
+        op, session = protocol.OPS[request.op], self.table.sessions.get(request.session or b"")
+        if op.seq and session is not None:
+            # frames that were observed are no more than a chunk, and compared only when they come again
+            session.done = request if request.op == "observe" else running.digest
+            session.reply = reply
+        if op.once:
+            now = time.monotonic()
+            principal = self.table.principal(running.owner, now)
+            self.table.keep(principal, request.id, running.digest, reply, now)
 
     def _committed(self, job: Job, running: Running, outcome: Outcome | ServingError) -> Reply:
         request, owner, now = job.request, running.owner, time.monotonic()
@@ -407,12 +415,7 @@ class WorldServer:
             result |= {"seq": session.seq, "at": session.at, "lease": self.limits.lease}
             if request.op == "attach":
                 result["options"] = session.options
-        reply = Reply(request.id, result, outcome.arrays)
-        if op.seq and session is not None:
-            session.digest, session.reply = running.digest, reply
-        if op.once:
-            self.table.keep(principal, request.id, running.digest, reply, now)
-        return reply
+        return Reply(request.id, result, outcome.arrays)
 
     def _moved(self, session: Session, request: Request, outcome: Outcome) -> None:
         session.seq += 1
@@ -440,9 +443,9 @@ class WorldServer:
         self._next_tick = now + TICK
         for session in self.table.expire(now):
             self.viewers.gone(session, ServingError("expired", "its lease ran out; create one"))
-            self.worker.submit(Job(Request("close", session=session.name)))
+            self._handed.append(Job(Request("close", session=session.name)))
         for name in self.table.expired_snapshots(now):
-            self.worker.submit(Job(Request("discard", args={"snapshot": name})))
+            self._handed.append(Job(Request("discard", args={"snapshot": name})))
         if self.zap is not None:
             self.zap.watch()
         if resident_bytes() > self._base + self.limits.memory + SLACK:
@@ -453,10 +456,3 @@ class WorldServer:
 
 def _nbytes(request: Request) -> int:
     return sum(array.nbytes for array in request.arrays.values())
-
-
-def _quality(request: Request, default: int | None) -> int | None:
-    quality = request.args.get("jpeg", default)
-    if quality is not None and not 1 <= quality <= 100:
-        raise ServingError("invalid", f"jpeg is {quality}, expected a quality of 1 to 100")
-    return quality

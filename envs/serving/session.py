@@ -19,8 +19,9 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 
 from envs.options import EnvOptions
+from envs.serving.actions import encode_action
 from envs.serving.connection import Call, Connection, Unanswered
-from envs.serving.protocol import IMAGINED, WANTED, Reply, ServingError, encode_action
+from envs.serving.protocol import IMAGINED, WANTED, Reply, ServingError
 from worldmodel.condition.spaces import space_from_json
 from worldmodel.errors import InputError
 

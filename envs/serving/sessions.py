@@ -11,6 +11,8 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import msgpack
 
@@ -42,8 +44,7 @@ class Limits:
     queue_bytes: int = 256 << 20
 
 
-@dataclass(frozen=True)
-class Waiter:
+class Waiter(NamedTuple):
     """Who waits for a reply: the routing id to send it to, and the id of the request it answers."""
 
     address: bytes
@@ -55,9 +56,13 @@ class Running:
     """A request that the worker has, and all who wait for its one reply."""
 
     owner: str
-    digest: bytes
     job: Job
     waiters: list[Waiter] = field(default_factory=list)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """See `digest`; taken when it is first needed, since for large requests it costs more than all else."""
+        return digest(self.job.request)
 
     def join(self, waiter: Waiter) -> None:
         """Wait for the same reply; beyond `MAX_WAITERS` the oldest waits no longer."""
@@ -66,7 +71,8 @@ class Running:
 
 @dataclass(eq=False)
 class Session:
-    """A session. expires: when its lease runs out (`time.monotonic`). seq, digest, reply: the last step that counts.
+    """A session. expires: when its lease runs out (`time.monotonic`). seq, done, reply: the last step that counts.
+    done is its digest, or itself where that would take long.
 
     at: grows with every change. shown: what viewers see of it. reads: requests under way that change nothing.
     """
@@ -76,7 +82,7 @@ class Session:
     options: dict[str, object]
     expires: float
     seq: int = 0
-    digest: bytes = b""
+    done: bytes | Request = b""
     reply: Reply | None = None
     running: Running | None = None
     at: int = 1
@@ -103,7 +109,7 @@ def digest(request: Request) -> bytes:
     """What a request asks for, whoever asks and when: all of it but id and deadline."""
     shapes = [[name, a.dtype.str, list(a.shape)] for name, a in request.arrays.items()]
     head = [request.op, request.session, request.seq, sorted(request.args.items()), shapes]
-    result = hashlib.blake2b(msgpack.packb(head), digest_size=16)
+    result = hashlib.sha256(msgpack.packb(head))
     for array in request.arrays.values():
         result.update(array.reshape(-1).view("u1").data if array.size else b"")
     return result.digest()
@@ -228,7 +234,7 @@ class SessionTable:
                 del self.principals[owner]
 
     # ---- at most once ----------------------------------------------------------------------------------------
-    def step(self, session: Session, request: Request, mark: bytes, waiter: Waiter) -> Reply | None:
+    def step(self, session: Session, request: Request, waiter: Waiter) -> Reply | None:
         """A stored reply; or None: the waiter has joined the one that is running, or it is this session's next.
 
         Raises:
@@ -240,29 +246,30 @@ class SessionTable:
         if seq < session.seq or not seq:
             raise ServingError("stale", f"seq {seq}, but {session.seq} is done")
         if seq == session.seq:
-            if mark != session.digest or session.reply is None:
+            done = session.done if isinstance(session.done, bytes) else digest(session.done)
+            if session.reply is None or done != digest(request):
                 raise ServingError("conflict", f"seq {seq} is done, with other content")
             return session.reply
         if running is not None:
-            if running.digest != mark:
+            if running.digest != digest(request):
                 raise ServingError("conflict", f"seq {seq} is being done, with other content")
             running.join(waiter)
         return None
 
-    def once(self, principal: Principal, request: Request, mark: bytes, waiter: Waiter) -> Reply | None:
+    def once(self, principal: Principal, request: Request, waiter: Waiter) -> Reply | None:
         """As `step`, for requests that are told apart by their id.
 
         Raises:
             ServingError: ``conflict``.
         """
-        running = principal.running.get(request.id)
-        known = running.digest if running else principal.replies.get(request.id, (mark,))[0]
-        if known != mark:
+        running, stored = principal.running.get(request.id), principal.replies.get(request.id)
+        known = running.digest if running is not None else stored[0] if stored is not None else None
+        if known is not None and known != digest(request):
             raise ServingError("conflict", "this request id was used with other content")
         if running is not None:
             running.join(waiter)
             return None
-        return principal.replies[request.id][1] if request.id in principal.replies else None
+        return None if stored is None else stored[1]
 
     def keep(self, principal: Principal, request: bytes, mark: bytes, reply: Reply, now: float) -> None:
         """Remember a reply for retries of its request."""

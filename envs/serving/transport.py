@@ -1,15 +1,13 @@
-"""The server's ROUTER socket: bounded, never blocking, never dropping in silence; and a way to wake it."""
+"""The server's ROUTER socket: bounded, never blocking, never dropping in silence."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import socket
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import zmq
 
@@ -17,17 +15,17 @@ from envs.serving.protocol import MAX_BLOBS, MAX_MESSAGE
 from envs.serving.security import ZAP_DOMAIN, KeyPair
 from worldmodel.errors import InputError
 
-log = logging.getLogger(__name__)
-
 MAX_PARTS = 2 + MAX_BLOBS
 BACKLOG_BYTES = 4 * MAX_MESSAGE  # of one peer
 ALL_BACKLOG_BYTES = 256 << 20
 BACKLOG_MESSAGES = 1024
 BACKLOG_SECONDS = 30.0
+_DONTWAIT = int(zmq.DONTWAIT)  # plain integers: the operators of pyzmq's flags cost as much as a system call
+_MORE = int(zmq.DONTWAIT | zmq.SNDMORE)
+_POLLIN = int(zmq.POLLIN)
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """What arrived. owner: the peer's key, "" without CURVE. parts: its message frames; None: more than a message of
     the protocol may have, and thrown away.
     """
@@ -44,41 +42,6 @@ class Backlog:
     since: float
     messages: deque[list[Any]] = field(default_factory=deque)
     nbytes: int = 0
-
-
-class Inbox:
-    """Calls handed to the front's thread by others; ``fileno`` is readable when there are any."""
-
-    def __init__(self) -> None:
-        self._calls: deque[Callable[[], None]] = deque()
-        self._ours, self._theirs = socket.socketpair()
-        for end in (self._ours, self._theirs):
-            end.setblocking(False)
-
-    def fileno(self) -> int:
-        """For a poller."""
-        return self._ours.fileno()
-
-    def post(self, call: Callable[[], None]) -> None:
-        """Have the front's thread make this call; from any thread."""
-        self._calls.append(call)
-        with contextlib.suppress(BlockingIOError, OSError):  # full: it is awake already; closed: it is gone
-            self._theirs.send(b"!")
-
-    def run(self) -> None:
-        """Make the calls that are there."""
-        with contextlib.suppress(BlockingIOError):
-            self._ours.recv(4096)
-        for _ in range(len(self._calls)):
-            try:
-                self._calls.popleft()()
-            except Exception:  # one reply's bug must not end the thread that serves all
-                log.exception("a call into the front failed")
-
-    def close(self) -> None:
-        """Close both ends."""
-        self._ours.close()
-        self._theirs.close()
 
 
 class Transport:
@@ -135,23 +98,24 @@ class Transport:
 
     def receive(self) -> Message | None:
         """The next message, or None. Parts beyond what the protocol allows are thrown away as they come."""
-        if not int(self.socket.get(zmq.EVENTS)) & zmq.POLLIN:
+        receive = self.socket.recv
+        if not self.socket.get(zmq.EVENTS) & _POLLIN:  # type: ignore[operator]
             return None
-        address, owner = self.socket.recv(zmq.NOBLOCK), ""
-        more = self.socket.get(zmq.RCVMORE)
+        frame = receive(_DONTWAIT, copy=False)
+        address, owner = frame.bytes, ""
         parts: list[Any] = []
         count = size = 0
-        while more:
-            frame = self.socket.recv(copy=False)
-            more = frame.more
-            count, size = count + 1, size + len(frame.buffer)
+        while frame.more:
+            frame = receive(copy=False)
+            buffer = frame.buffer
+            count, size = count + 1, size + len(buffer)
             if count == 1 and self._keys is not None:
                 with contextlib.suppress(zmq.ZMQError):  # none: nobody's, which is refused
                     owner = str(frame.get("User-Id"))
             if count > MAX_PARTS or size > 2 * MAX_MESSAGE:
                 parts.clear()
             else:
-                parts.append(frame.buffer)
+                parts.append(buffer)
         self.counts["received"] += 1
         whole = count <= MAX_PARTS and size <= 2 * MAX_MESSAGE
         return Message(address, owner, parts if whole else None)
@@ -186,8 +150,12 @@ class Transport:
 
     def _sent(self, address: bytes, parts: Sequence[Any]) -> bool:
         """Whether it is on its way, or nowhere to go."""
+        send = self.socket.send
         try:
-            self.socket.send_multipart([address, *parts], zmq.DONTWAIT, copy=False)
+            send(address, _MORE)
+            for part in parts[:-1]:
+                send(part, _MORE, copy=False)
+            send(parts[-1], _DONTWAIT, copy=False)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import zmq
 
-from envs.serving.protocol import Reply, ServingError, encode_reply, join_frames
+from envs.serving.protocol import Reply, Request, ServingError, encode_reply, join_frames
 from envs.serving.security import ZAP_DOMAIN, KeyPair
 from envs.serving.sessions import Session, Waiter
 
@@ -88,12 +88,15 @@ class Viewers:
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="worldmodel-jpeg")
         self._encoding: dict[tuple[bytes, int, int], Future[tuple[np.ndarray, list[int]]]] = {}
 
-    def park(self, parked: Parked) -> None:
-        """Answer when the session has changed, at once if it has.
+    def park(self, request: Request, session: Session, waiter: Waiter, now: float) -> None:
+        """`next`: answer when the session has changed, at once if it has.
 
         Raises:
-            ServingError: ``busy``: too many wait.
+            ServingError: ``busy``: too many wait. ``invalid``: a quality that is none.
         """
+        wait = min(MAX_WAIT, max(0.0, float(request.args.get("wait", 10.0))))
+        quality = _quality(request, None)
+        parked = Parked(session, waiter, int(request.args.get("after", 0)), now + wait, quality)
         if parked.session.at > parked.after:
             self._answer(parked)
         elif len(self._parked) >= MAX_PARKED:
@@ -103,6 +106,8 @@ class Viewers:
 
     def changed(self, session: Session) -> None:
         """A session has changed: answer those who wait for it, and broadcast."""
+        if not (self._parked or self._broadcasts):
+            return
         ready = [p for p in self._parked if p.session is session]
         self._parked = [p for p in self._parked if p.session is not session]
         for parked in ready:
@@ -120,17 +125,23 @@ class Viewers:
 
     def tick(self, now: float) -> None:
         """Answer those who have waited long enough."""
+        if not self._parked:
+            return
         for parked in [p for p in self._parked if p.expires <= now]:
             result = picture(parked.session, self._facts)
             self._reply(parked.waiter, Reply(parked.waiter.request, result))
         self._parked = [p for p in self._parked if p.expires > now]
 
-    def broadcast(self, session: Session, address: str, quality: int) -> int:
-        """The port of a PUB socket that sends every change of the session, made at the first call.
+    def broadcast(self, request: Request, session: Session, address: str) -> dict[str, int]:
+        """`broadcast`: the port of a PUB socket that sends every change of the session, made at the first call.
 
         Raises:
-            ServingError: ``busy``: too many sessions are broadcast.
+            ServingError: ``busy``: too many sessions are broadcast. ``invalid``: a quality that is none.
         """
+        if not request.args.get("on", True):
+            self.silence(session)
+            return {}
+        quality = _quality(request, 90) or 90
         if session.name in self._broadcasts:
             socket, port, _ = self._broadcasts[session.name]
         elif len(self._broadcasts) >= MAX_BROADCASTS:
@@ -144,7 +155,7 @@ class Viewers:
                 socket.curve_publickey, socket.curve_secretkey = self._keys.public, self._keys.secret
             port = socket.bind_to_random_port(address)
         self._broadcasts[session.name] = socket, port, quality
-        return port
+        return {"port": port}
 
     def silence(self, session: Session) -> None:
         """Stop a broadcast, if there is one."""
@@ -196,3 +207,10 @@ class Viewers:
 def _publish(socket: zmq.Socket[bytes], reply: Reply) -> None:
     if not socket.closed:
         socket.send(join_frames(encode_reply(reply)), zmq.DONTWAIT)
+
+
+def _quality(request: Request, default: int | None) -> int | None:
+    quality: int | None = request.args.get("jpeg", default)
+    if quality is not None and not 1 <= quality <= 100:
+        raise ServingError("invalid", f"jpeg is {quality}, expected a quality of 1 to 100")
+    return quality

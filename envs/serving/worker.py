@@ -1,4 +1,4 @@
-"""The one thread that touches a model: it takes requests from a queue, in rounds, and hands them to a backend.
+"""The one thread that touches a model: it takes requests in rounds, and hands them to a backend.
 
 A round is what several clients ask for within a few milliseconds, so that one forward pass serves them all.
 """
@@ -6,7 +6,6 @@ A round is what several clients ask for within a few milliseconds, so that one f
 from __future__ import annotations
 
 import logging
-import queue
 import secrets
 import threading
 import time
@@ -16,10 +15,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from envs.serving.mailbox import Mailbox
 from envs.serving.protocol import Request, ServingError
 
 MAX_SKIPPED = 64
 MAX_REMEMBERED = 4096
+PATIENCE = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Backend(Protocol):
     """Where sessions live. Called by the worker's thread only.
 
     facts: what `hello` says of the world (world, fingerprint, frame_size, chunk_frames, latent_shape, fps, sampling).
-    action_space: its JSON. session_bytes: memory that one session may come to hold, with its last reply.
+    action_space: its JSON. session_bytes: memory that one session may come to hold, with its last request and reply.
     """
 
     facts: Mapping[str, Any]
@@ -92,7 +93,8 @@ class Worker(threading.Thread):
 
     Args:
         report: called in this thread with what is finished.
-        window: seconds that a round waits for those who took part in the last one.
+        window: seconds that a round waits for the next of those who took part in the last one. Where they keep
+            coming, a round may wait longer in all, up to `PATIENCE` of what the last one took.
         rows: the most jobs of a round.
     """
 
@@ -107,18 +109,19 @@ class Worker(threading.Thread):
         self._report = report
         self._window = window
         self._rows = rows
-        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._mail: Mailbox[Job | None] = Mailbox()
         self._waiting: list[Job] = []
         self._stopping = False
+        self._last = 0.0  # seconds of the last round
         self._vain: dict[bytes, tuple[int, int]] = {}  # waits in vain in a row, rounds to do without waiting
 
-    def submit(self, job: Job) -> None:
-        """Put a job into the queue; from any thread."""
-        self._queue.put(job)
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Hand over jobs; from any thread."""
+        self._mail.post(jobs)
 
     def stop(self) -> None:
         """Finish the round and end."""
-        self._queue.put(None)
+        self._mail.post((None,))
 
     def run(self) -> None:
         """Rounds until `stop`."""
@@ -135,24 +138,25 @@ class Worker(threading.Thread):
             except Exception as error:  # a backend's own bug; the thread must live
                 failure = internal_error(error)
                 finished = [(job, failure) for job in jobs]
-            self.seconds += time.perf_counter() - began
+            self._last = time.perf_counter() - began
+            self.seconds += self._last
             self.rounds += bool(jobs)
             self.jobs += len(jobs)
             if refused or finished:
                 self._report(refused + finished)
 
     def _gather(self, company: set[bytes]) -> None:
-        """Wait for a first job, then up to the window for the rest of the last round's company."""
+        """Wait for a first job, then for the rest of the last round's company."""
         if not self._waiting and not self._backend.going_on:
             self._take(None)
-        end = time.monotonic() + self._window
+        end = time.monotonic() + max(self._window, PATIENCE * self._last)
         missing = self._expected(company)
         while not self._stopping:
             for session in missing.intersection(j.request.session for j in self._waiting):
                 missing.discard(session)
                 self._vain.pop(session, None)
-            left = end - time.monotonic() if missing and len(self._waiting) < self._rows else 0.0
-            if not self._take(max(0.0, left)):
+            left = min(self._window, end - time.monotonic())
+            if not self._take(max(0.0, left) if missing and len(self._waiting) < self._rows else 0.0):
                 break
         for session in missing:
             strikes = self._vain.get(session, (0, 0))[0] + 1
@@ -172,10 +176,9 @@ class Worker(threading.Thread):
         return expected
 
     def _take(self, timeout: float | None) -> bool:
-        try:
-            job = self._queue.get(timeout=timeout) if timeout != 0.0 else self._queue.get_nowait()
-        except queue.Empty:
+        if not self._mail and (timeout == 0.0 or not self._mail.wait(timeout)):
             return False
+        job = self._mail.next()
         if job is None:
             self._stopping = True
         else:

@@ -10,7 +10,6 @@ import copy
 import json
 import math
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +18,18 @@ import numpy as np
 from gymnasium.utils import seeding
 
 from envs.options import EnvOptions, batch_of_one, check_max_chunks, load_world
+from envs.serving.actions import decode_action
+from envs.serving.batches import (
+    Batch,
+    Slot,
+    first_row,
+    held_bytes,
+    kinds,
+    leaves,
+    row_bytes,
+    stacked,
+    together,
+)
 from envs.serving.health import trim_memory
 from envs.serving.protocol import (
     IMAGINED,
@@ -27,7 +38,6 @@ from envs.serving.protocol import (
     MAX_MESSAGE,
     Request,
     ServingError,
-    decode_action,
 )
 from envs.serving.worker import Finished, Job, Outcome, internal_error
 from envs.snapshot import Snapshot, check_snapshot, continue_snapshot
@@ -49,83 +59,6 @@ from worldmodel.condition.spaces import pack_actions, prompts_of
 
 TRIM = 10.0  # seconds at least from one return of freed memory to the next
 SCORED = ("log_prob", "rate", "bits_per_dim", "action_gain", "noise_square")
-
-
-class Batch:
-    """A state, and who still needs which row of it."""
-
-    def __init__(self, state: WorldState) -> None:
-        self.state = state
-        self._slots: list[weakref.ref[Slot]] = []
-
-    def slots(self) -> list[Slot]:
-        """One slot for each row."""
-        slots = [Slot(self, row) for row in range(self.state.rows)]
-        self._slots = [weakref.ref(slot) for slot in slots]
-        return slots
-
-    def thin(self, row_bytes: int) -> None:
-        """Give the rows still needed a state of their own, where most of what this one holds is for nobody."""
-        live = [slot for slot in (ref() for ref in self._slots) if slot is not None]
-        if not live or len(live) == self.state.rows or held_bytes(self.state) <= 2 * len(live) * row_bytes:
-            return
-        batch = Batch(self.state.select([slot.row for slot in live]).gathered())
-        for row, slot in enumerate(live):
-            slot.batch, slot.row = batch, row
-        batch._slots = [weakref.ref(slot) for slot in live]
-
-
-class Slot:
-    """Where the state of a session is: a row of a batch."""
-
-    __slots__ = ("__weakref__", "batch", "row")
-
-    def __init__(self, batch: Batch, row: int) -> None:
-        self.batch = batch
-        self.row = row
-
-    def state(self) -> WorldState:
-        """The session alone (B = 1), sharing no memory with the rest of a larger batch."""
-        whole = self.batch.state
-        return whole if whole.rows == 1 else whole.select([self.row]).gathered()
-
-
-def together(slots: Sequence[Slot]) -> tuple[WorldState, list[int]]:
-    """The sessions in one state, and which row each of them is; the batch itself if they are all of it."""
-    batch = slots[0].batch
-    rows = [slot.row for slot in slots]
-    if all(slot.batch is batch for slot in slots) and sorted(rows) == list(range(batch.state.rows)):
-        return batch.state, rows
-    lengths = {slot.batch: slot.batch.state.context.frames for slot in slots}
-    order = sorted(
-        range(len(slots)),
-        key=lambda i: (lengths[slots[i].batch][rows[i]], id(slots[i].batch), rows[i]),
-    )
-    parts: list[tuple[Batch, list[int]]] = []
-    for i in order:
-        if not parts or parts[-1][0] is not slots[i].batch:
-            parts.append((slots[i].batch, []))
-        parts[-1][1].append(rows[i])
-    joined = WorldState.concat([b.state.select(chosen) for b, chosen in parts]).gathered()
-    return joined, [order.index(i) for i in range(len(slots))]
-
-
-def page_bytes(state: WorldState) -> int:
-    """Bytes of K/V that a state keeps alive: whole pages, not just what is in view."""
-    segments = [s for cache in state.caches().values() for c in cache.cohorts for s in c.segments]
-    storages = [s.page.kv.untyped_storage() for s in segments]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def held_bytes(state: WorldState) -> int:
-    """Bytes that a state keeps alive."""
-    others = [state.noisy, state.latent, state.context.u, *state.codec.values()]
-    return page_bytes(state) + sum(t.untyped_storage().nbytes() for t in others)
-
-
-def row_bytes(first: WorldState) -> int:
-    """Bytes that the state of one session comes to hold, from its first one; the next window needs pages as this does."""
-    return held_bytes(first) + (0 if first.context.ahead is None else page_bytes(first))
 
 
 @dataclass(frozen=True)
@@ -205,7 +138,7 @@ class WorldBackend:
         self._snapshots: dict[bytes, Session] = {}
         self._plans: list[Imagination] = []
         self._row_bytes = row_bytes(world.reset([0])[0].gathered())
-        self.session_bytes = 2 * self._row_bytes + 2 * math.prod(world.frames_shape)  # see `Batch.thin`
+        self.session_bytes = 2 * self._row_bytes + 3 * math.prod(world.frames_shape)  # see `Batch.thin`
         self._closed = False
         self._next_trim = 0.0
 
@@ -335,7 +268,7 @@ class WorldBackend:
         if not session.turn.over:
             return self._enter(job, replace(session, turn=session.turn.next_frame()), given)
         action = self._lifted(session, given)
-        return Row(job, ("step", session.world.spec.sampling, _kinds(action)), session, action)
+        return Row(job, ("step", session.world.spec.sampling, kinds(action)), session, action)
 
     def _real_row(self, job: Job, session: Session) -> Row:
         request = job.request
@@ -350,12 +283,12 @@ class WorldBackend:
         draws = int(request.args.get("draws", 1))
         if not 1 <= draws <= MAX_DRAWS:
             raise InputError(f"draws is {draws}, expected 1 to {MAX_DRAWS}")
-        key = (request.op, session.world.spec.sampling, _kinds(action), draws)
+        key = (request.op, session.world.spec.sampling, kinds(action), draws)
         return Row(job, key, session, action, frames, draws=draws)
 
     def _imagination(self, job: Job, session: Session) -> Imagination:
         lifted = batch_of_one(session.world.spec.action_space, _action(job.request))
-        lengths = {leaf.shape[1] if leaf.ndim > 1 else 0 for leaf in _leaves(lifted)}
+        lengths = {leaf.shape[1] if leaf.ndim > 1 else 0 for leaf in leaves(lifted)}
         horizon = min(lengths, default=0)
         if len(lengths) != 1 or horizon < 1:
             raise InputError("imagine takes a sequence of actions, with chunks on the first axis")
@@ -370,7 +303,7 @@ class WorldBackend:
         if horizon > most:
             raise ServingError("too_large", f"{horizon} chunks at once, at most {most}; imagine fewer")
         if session.world.actions is not None:
-            pack_actions(session.world.spec.action_space, _first(lifted), horizon)
+            pack_actions(session.world.spec.action_space, first_row(lifted), horizon)
         return Imagination(job, session, session.slot, lifted, horizon)
 
     def _plan_rows(self, finished: list[Finished]) -> list[Row]:
@@ -381,7 +314,7 @@ class WorldBackend:
                 finished.append((plan.job, refusal))
                 continue
             action = at_chunk(plan.actions, len(plan.chunks))
-            key = ("step", plan.session.world.spec.sampling, _kinds(action))
+            key = ("step", plan.session.world.spec.sampling, kinds(action))
             rows.append(Row(plan.job, key, replace(plan.session, slot=plan.slot), action, plan=plan))
             kept.append(plan)
         self._plans = kept
@@ -446,7 +379,7 @@ class WorldBackend:
         """One state, which row of it each job is, and the actions in that order."""
         state, place = together([row.session.slot for row in rows])
         order = np.argsort(place)
-        return state, place, _stacked([rows[i].action for i in order])
+        return state, place, stacked([rows[i].action for i in order])
 
     def _commit(
         self,
@@ -474,7 +407,7 @@ class WorldBackend:
             if row.key[0] == "observe":
                 turn = replace(turn, shown=len(turn.frames))
             after = replace(old, slot=slots[b], turn=turn, chunk=alone)
-            action = None if row.action is None else _first(row.action)
+            action = None if row.action is None else first_row(row.action)
             entered.append((row.job, after, self._show(after, row.job.request, action)))
         for job, session, outcome in entered:
             self._sessions[_name(job)] = session
@@ -551,31 +484,6 @@ def _failure(error: Exception) -> ServingError:
 
 def _action(request: Request) -> Any:
     return decode_action(request.arrays, request.args.get("text", {}))
-
-
-def _first(batch: Any) -> Any:
-    return {k: _first(v) for k, v in batch.items()} if isinstance(batch, Mapping) else batch[0]
-
-
-def _leaves(action: Any) -> list[Any]:
-    if isinstance(action, Mapping):
-        return [leaf for value in action.values() for leaf in _leaves(value)]
-    return [action]
-
-
-def _kinds(action: Any) -> Any:
-    """Names and dtypes of an action's leaves: those with the same can be stacked."""
-    if isinstance(action, Mapping):
-        return tuple((key, _kinds(action[key])) for key in sorted(action))
-    return None if action is None else action.dtype.str
-
-
-def _stacked(actions: Sequence[Any]) -> Any:
-    if actions[0] is None:
-        return None
-    if isinstance(actions[0], Mapping):
-        return {key: _stacked([a[key] for a in actions]) for key in actions[0]}
-    return np.concatenate(actions)
 
 
 def _frames(rows: Sequence[Row], place: Sequence[int]) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from envs.serving import protocol
+from envs.serving.actions import decode_action, encode_action
 from envs.serving.protocol import (
     CODES,
     DTYPES,
@@ -26,10 +27,8 @@ from envs.serving.protocol import (
     Reply,
     Request,
     ServingError,
-    decode_action,
     decode_reply,
     decode_request,
-    encode_action,
     encode_reply,
     encode_request,
     join_frames,

@@ -38,7 +38,7 @@ from envs.serving.sessions import Limits
 server.SLACK = {slack}
 served = server.WorldServer(NullBackend({size}), "tcp://127.0.0.1:*", limits=Limits(memory={memory}, sessions=4096))
 signal.signal(signal.SIGTERM, lambda *_: served.drain())
-signal.signal(signal.SIGUSR1, lambda *_: served._inbox.post(lambda: time.sleep(2.5)))
+signal.signal(signal.SIGUSR1, lambda *_: served._inbox.ask(lambda: time.sleep(2.5)))
 print(served.url, flush=True)
 served.run()
 """
