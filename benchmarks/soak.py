@@ -178,7 +178,9 @@ def soak(world: str, minutes: float, clients: int, lease: float) -> dict[str, An
         time.sleep(1.5 * lease)
         samples.append(server_facts(server.pid, connection))
         server.terminate()
-        status = server.wait(20.0)
+        status = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = server.wait(120.0)
     counted = ("clients", "killed", "failed", "frames", "mismatches", "levels_off")
     facts = {"world": world, "minutes": minutes, **{name: crowd.counts[name] for name in counted}}
     return {**facts, **trends(samples), "server_exit_status": status}

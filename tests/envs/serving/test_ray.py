@@ -15,6 +15,7 @@ import pytest
 from envs import RemoteEnv, RemoteVectorEnv, WorldModelEnv
 from envs.serving.protocol import ServingError
 from envs.serving.server import WorldServer
+from tests.envs.serving.machines import eventually
 from worldmodel import WorldModel
 
 ray = pytest.importorskip("ray")
@@ -70,7 +71,7 @@ def test_a_replica_killed(toy: WorldModel, served: tuple[WorldServer, Any]) -> N
     for local, remote in both:
         local.step(ZERO), remote.step(ZERO)
     snapshots = [remote.snapshot() for _, remote in both]
-    time.sleep(2.0)
+    eventually(lambda: not backend.going_on)  # all rest, and are copied
     busy = RemoteVectorEnv(server.url, 4, max_chunks=None)
     busy.reset(seed=0)
     calls = [session.start_step(ZERO) for session in busy.sessions]
@@ -101,7 +102,7 @@ def test_both_replicas_killed_at_once(toy: WorldModel, served: tuple[WorldServer
     for _ in range(2):
         while len(backend.pids) < 2:
             time.sleep(0.1)
-        time.sleep(2.0)  # time to rest, and for copies
+        eventually(lambda: not backend.going_on)  # all rest, and are copied
         for pid in backend.pids:
             os.kill(pid, signal.SIGKILL)
         for local, remote in both:

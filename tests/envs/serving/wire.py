@@ -45,11 +45,11 @@ class Wire:
     def raw(self, frames: Sequence[Any]) -> None:
         self.socket.send_multipart(frames, copy=True)
 
-    def frames(self, seconds: float = 20.0) -> list[bytes] | None:
+    def frames(self, seconds: float = 60.0) -> list[bytes] | None:
         """The next message, or None."""
         return self.socket.recv_multipart() if self.socket.poll(int(1000 * seconds)) else None
 
-    def reply(self, seconds: float = 20.0) -> Reply:
+    def reply(self, seconds: float = 60.0) -> Reply:
         frames = self.frames(seconds)
         assert frames is not None, f"no reply within {seconds} s"
         return decode_reply(frames)
