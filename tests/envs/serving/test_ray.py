@@ -37,7 +37,10 @@ def served(toy_path: Path) -> Iterator[tuple[WorldServer, Any]]:
 
 def pairs(toy: WorldModel, url: str, count: int) -> list[tuple[WorldModelEnv, RemoteEnv]]:
     """Local and remote environments at the same point."""
-    made = [(WorldModelEnv(toy, max_chunks=None), RemoteEnv(url, max_chunks=None)) for _ in range(count)]
+    made = [
+        (WorldModelEnv(toy, max_chunks=None), RemoteEnv(url, max_chunks=None, timeout=300.0))
+        for _ in range(count)
+    ]
     for seed, (local, remote) in enumerate(made):
         np.testing.assert_array_equal(local.reset(seed=seed)[0], remote.reset(seed=seed)[0])
     return made
@@ -72,7 +75,7 @@ def test_a_replica_killed(toy: WorldModel, served: tuple[WorldServer, Any]) -> N
         local.step(ZERO), remote.step(ZERO)
     snapshots = [remote.snapshot() for _, remote in both]
     eventually(lambda: not backend.going_on)  # all rest, and are copied
-    busy = RemoteVectorEnv(server.url, 4, max_chunks=None)
+    busy = RemoteVectorEnv(server.url, 4, max_chunks=None, timeout=300.0)
     busy.reset(seed=0)
     calls = [session.start_step(ZERO) for session in busy.sessions]
     os.kill(backend.pids[0], signal.SIGKILL)
