@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -164,3 +167,14 @@ def test_reports_as_tables_and_as_json(tmp_path: Path, capsys: pytest.CaptureFix
     assert table("t", [{"a": 1, "b": 2.5}, {"a": 10}]).splitlines()[2:] == [" a    b", " 1  2.5", "10     "]
     with pytest.raises(InputError, match="no section 'nonsense'"):
         run(Options(world, only=("nonsense",), threads=threads))
+
+
+def test_the_command_finds_its_own_benchmarks(tmp_path: Path) -> None:
+    """Other distributions install a package of that name too."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "theirs.py").write_text("")
+    root = str(Path(__file__).parents[1])
+    command = [sys.executable, "-m", "worldmodel", "bench", "--only", "nothing"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), root))}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "no section 'nothing'; expected one of: batch" in done.stderr

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,16 +25,14 @@ Device = Annotated[str, typer.Option(help="Where the weights are: cpu or cuda.")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
-@contextmanager
-def _checkout() -> Iterator[None]:
+def _checkout() -> None:
+    """Let ``benchmarks`` be this checkout's, whatever else is installed under that name (TorchRL brings one)."""
     from worldmodel.errors import ConfigError
 
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "benchmarks":
-            raise
-        raise ConfigError("benchmarks/ is not installed with the package; run this in a checkout") from error
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "report.py").is_file():
+        raise ConfigError("benchmarks/ is not installed with the package; run this in a checkout")
+    sys.path.insert(0, str(root))
 
 
 @bench.callback(invoke_without_command=True)
@@ -62,8 +60,9 @@ def steps(
     as_json: AsJson = False,
 ) -> None:
     """Steps, stages, forks, planning, the plain baseline, ablations, large shapes, training."""
-    with _checkout():
-        from benchmarks.report import Options, run
+    _checkout()
+    from benchmarks.report import Options, run
+
     run(Options(world, quick, tuple(only or ()), threads, device, as_json))
 
 
@@ -75,9 +74,10 @@ def serving(
     as_json: AsJson = False,
 ) -> None:
     """Round trips of a null model against a bare socket, and steps a second of many clients against a local batch."""
-    with _checkout():
-        from benchmarks.serving import report
-        from benchmarks.serving import serving as run
+    _checkout()
+    from benchmarks.serving import report
+    from benchmarks.serving import serving as run
+
     result = run(world, seconds, rounds)
     print(json.dumps(result, indent=2) if as_json else report(result))
 
