@@ -21,7 +21,7 @@ from agents.objectives import (
 )
 from agents.planners import Futures, Plan, Planner, imagine
 from agents.presets import PRESETS, Search, preset
-from agents.proposals import propose_actions
+from agents.proposals import propose_actions, propose_behaviour
 
 __all__ = [
     "PRESETS",
@@ -54,4 +54,5 @@ __all__ = [
     "label_video",
     "preset",
     "propose_actions",
+    "propose_behaviour",
 ]

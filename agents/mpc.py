@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from agents.actions import batch_of_one, take
+from agents.actions import Actions, batch_of_one, take
 from agents.beliefs import Belief
-from agents.objectives import Moment, Objective
+from agents.objectives import Moment, Objective, PredictedReward, TerminalValue
 from agents.planners import Plan, Planner
+from agents.proposals import propose_behaviour
 from worldmodel import InputError, WorldModel, WorldState
 
 
@@ -18,7 +20,7 @@ class MPCAgent:
     """Model-predictive control of one session: `reset(frame)`, then `act(frames)` with what each action caused.
 
     The world never drives: it observes what really happened, and imagines only to plan. ``state`` and ``last_plan`` may
-    be read at any time.
+    be read at any time. ``proposals``: from a session and a seed, sequences (n, H, ...) that each plan tries first.
     """
 
     def __init__(
@@ -26,15 +28,34 @@ class MPCAgent:
         world: WorldModel,
         planner: Planner | None = None,
         objective: Objective | Callable[[Moment], Any] | None = None,
+        proposals: Callable[[WorldState, int], Actions] | None = None,
     ) -> None:
         self.world = world
         self.planner = planner or Planner()
         self.objective = objective
+        self.proposals = proposals
         self.state: WorldState | None = None
         self.last_plan: Plan | None = None
         self._warm: tuple[Belief, np.ndarray] | None = None
         self._action: Any = None
         self._seed, self._chunks = 0, 0
+
+    @classmethod
+    def informed(cls, world: WorldModel, planner: Planner | None = None) -> Self:
+        """With all that the world has learned about acting: predicted reward alone, or, where its heads foresee more,
+        discounted and with its value behind the plan, and with its prior's sequences as a quarter of the candidates.
+        """
+        planner = planner or Planner()
+        if world.heads is None or world.heads.config.discount is None:
+            return cls(world, planner)
+        count, horizon = math.ceil(planner.search.candidates / 4), planner.search.horizon
+
+        def proposals(state: WorldState, seed: int) -> Actions:
+            rng = np.random.default_rng((seed, 1))
+            return propose_behaviour(world, state, count, horizon, rng, sampling=planner.sampling)
+
+        objective = PredictedReward(world.heads.config.discount) + TerminalValue.of(world)
+        return cls(world, planner, objective, proposals)
 
     def reset(self, frames: np.ndarray, seed: int = 0) -> None:
         """Begin with the first real chunk (n, height, width, 3) uint8, or one picture (height, width, 3) held still.
@@ -64,7 +85,9 @@ class MPCAgent:
                     "no action has caused these frames; call act() first, or observe(frames, action)"
                 )
             self.observe(frames, self._action)
-        plan = self.planner.plan(self.world, self._session(), self.objective, self._draw(), self._warm)
+        state, seed = self._session(), self._draw()
+        tried = None if self.proposals is None else self.proposals(state, seed)
+        plan = self.planner.plan(self.world, state, self.objective, seed, self._warm, tried)
         self.last_plan, self._action = plan, take(plan.actions, 0)
         return self._action
 

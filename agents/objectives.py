@@ -283,6 +283,20 @@ class TerminalValue(Objective):
     function: Callable[[Tensor], Any]
     discount: float = 1.0
 
+    @classmethod
+    def of(cls, world: WorldModel) -> TerminalValue:
+        """The world's own value head, under the discount that it was learned with.
+
+        Raises:
+            InputError: the world has none.
+        """
+        heads = world.heads
+        if heads is None or heads.config.discount is None:
+            raise InputError(
+                f"world {world.spec.name} foresees no value; train its heads with a discount, or pass a function"
+            )
+        return cls(lambda latents: heads.ahead(latents).value, heads.config.discount)
+
     def value(self, moment: Moment) -> Tensor:
         """See the class."""
         if not moment.last:

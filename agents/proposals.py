@@ -1,6 +1,8 @@
-"""Planning by inverse dynamics: the world's own p(action | past, goal) as a planner's first candidates (arXiv 2605.08732).
+"""A planner's first candidates: by inverse dynamics, the world's own p(action | past, goal) (arXiv 2605.08732), or as
+the better half of its training episodes would act (a policy prior, as in TD-MPC2, arXiv 2310.16828).
 
-Axis letters: n proposals, H chunks of the horizon, F pixel frames of a chunk.
+Axis letters: n proposals, H chunks of the horizon, F pixel frames of a chunk, P floats of a packed action, A numbers of
+an action in a belief's coordinates.
 """
 
 from __future__ import annotations
@@ -8,8 +10,10 @@ from __future__ import annotations
 import numpy as np
 
 from agents.action_inference import infer_action
-from agents.actions import batch_of_one
-from worldmodel import Sampling, WorldModel, WorldState
+from agents.actions import Actions, batch_of_one, map_actions, take
+from agents.beliefs import Belief, Categorical, Gaussian, first_belief
+from agents.presets import Search
+from worldmodel import InputError, Sampling, WorldModel, WorldState
 
 
 def propose_actions(
@@ -38,3 +42,64 @@ def propose_actions(
         columns.append(drawn)
         state, _ = world.step(state, batch_of_one(posterior.map), sampling)
     return np.stack(columns, axis=1)
+
+
+def propose_behaviour(
+    world: WorldModel,
+    state: WorldState,
+    count: int,
+    horizon: int,
+    rng: np.random.Generator,
+    spread: float = 0.3,
+    sampling: Sampling | None = None,
+) -> Actions:
+    """Sequences (n, H, ...) in the manner of the better training episodes, for `Planner.plan`.
+
+    Chunk by chunk, n imagined forks draw what the world's prior says of their own latents; the first takes the most
+    probable action. ``spread``: standard deviation of a Box action, in halves of its range.
+
+    Raises:
+        InputError: a world without a prior, more than one session, or an action space that cannot be searched.
+    """
+    if world.heads is None or world.heads.config.discount is None:
+        raise InputError(
+            f"world {world.spec.name} has no prior over actions; train its heads with a discount"
+        )
+    if state.rows != 1:
+        raise InputError(f"the state holds {state.rows} sessions, expected 1")
+    belief = first_belief(world.spec.action_space, Search(horizon=1))
+    branches, columns = state.fork(count), []
+    for step in range(horizon):
+        expected = world.heads.ahead(branches.latent).prior.double().cpu().numpy()
+        taken = take(belief.actions(_drawn(belief, expected, spread, rng)[:, None]), 0, axis=1)
+        columns.append(taken)
+        if step < horizon - 1:
+            branches, _ = world.step(branches, taken, sampling, decode=bool(state.codec))
+    return map_actions(lambda *parts: np.stack(parts, axis=1), *columns)
+
+
+def _drawn(belief: Belief, expected: np.ndarray, spread: float, rng: np.random.Generator) -> np.ndarray:
+    """Coordinates (n, A) drawn around expected packed actions (n, P); the first row is the most probable."""
+    if isinstance(belief, Gaussian):
+        noise = rng.standard_normal(expected.shape)
+        noise[0] = 0.0
+        return np.clip(expected + spread * noise, -1.0, 1.0)
+    if isinstance(belief, Categorical):
+        ends = np.cumsum(belief.allowed.sum(-1))[:-1]
+        return np.stack([_chosen(part, rng) for part in np.split(expected, ends, axis=1)], axis=1)
+    sizes = [
+        int(part.allowed.sum()) if isinstance(part, Categorical) else part.centre.shape[-1]
+        for part in belief.parts.values()
+    ]
+    pieces = np.split(expected, np.cumsum(sizes)[:-1], axis=1)
+    drawn = [_drawn(p, e, spread, rng) for p, e in zip(belief.parts.values(), pieces, strict=True)]
+    return np.concatenate(drawn, axis=1)
+
+
+def _chosen(expected: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Choices (n,) from expected one-hot vectors (n, choices), the first row's most probable."""
+    weights = np.clip(expected, 1e-3, None)  # a regression may leave [0, 1]
+    edges = np.cumsum(weights, axis=1) / weights.sum(1, keepdims=True)
+    chosen = (rng.random((len(weights), 1)) >= edges[:, :-1]).sum(1)
+    chosen[0] = weights[0].argmax()
+    return chosen

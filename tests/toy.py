@@ -95,7 +95,12 @@ def toy_flow(seed: int = 0, **overrides: object) -> Flow:
 
 
 def write_toy(
-    path: Path, space: spaces.Space = BOX, seed: int = 0, frame: tuple[int, int] = FRAME, **overrides: object
+    path: Path,
+    space: spaces.Space = BOX,
+    seed: int = 0,
+    frame: tuple[int, int] = FRAME,
+    discount: float | None = None,
+    **overrides: object,
 ) -> Path:
     """A toy world directory with the given action space and frame size; one with prompts brings a tiny T5."""
     text, overrides = write_text(path, space, seed, overrides)
@@ -115,7 +120,7 @@ def write_toy(
     cells = frame[0] // codec.spatial_stride, frame[1] // codec.spatial_stride
     packed = packed_size(space)
     actions = ActionEncoder(ActionEncoderConfig(packed, flow.config.action_features or 8)) if packed else None
-    heads = Heads(HeadsConfig(flow.config.in_channels * cells[0] * cells[1], packed, 16))
+    heads = Heads(HeadsConfig(flow.config.in_channels * cells[0] * cells[1], packed, 16, discount))
     spec = WorldSpec(
         name="toy",
         frame_size=frame,

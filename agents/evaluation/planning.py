@@ -43,7 +43,7 @@ def play(env: ChunkedEnv, seed: int, chunks: int, act: Act) -> Numbers:
 
 def with_the_world(world: WorldModel, planner: Planner, env: ChunkedEnv, seed: int, chunks: int) -> Numbers:
     """An episode planned in the world from pixels; "seconds" is the median of its plans."""
-    agent, seconds = MPCAgent(world, planner), list[float]()
+    agent, seconds = MPCAgent.informed(world, planner), list[float]()
 
     def act(_: ChunkedEnv, frames: np.ndarray) -> Any:
         if agent.state is None:

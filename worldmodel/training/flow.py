@@ -31,6 +31,7 @@ from worldmodel.heads import Heads, HeadsConfig
 from worldmodel.training.codec import LatentEpisode
 from worldmodel.training.loop import LoopConfig, Run
 from worldmodel.training.parallel import ALONE, Ranks, whole
+from worldmodel.training.returns import returns_to_go, worth_imitating
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,15 @@ class FlowTraining:
 
 @dataclass(frozen=True)
 class HeadsTraining:
-    """noise: standard deviation added to the latents, as what the denoiser leaves. Others as in `FlowTraining`."""
+    """noise: standard deviation added to the latents, as what the denoiser leaves. discount: a chunk, of a value head,
+    which comes with a prior over actions (`worldmodel.heads.Ahead`); None for neither. Others as in `FlowTraining`.
+    """
 
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=6_000, lr=1e-3))
     width: int = 192
     batch: int = 512
     noise: float = 0.03
+    discount: float | None = None
 
 
 @dataclass(frozen=True)
@@ -270,19 +274,30 @@ def train_flow(
 
 
 class HeadsStage:
-    """One training step of the heads: squared error of the standardised reward plus cross-entropy of termination."""
+    """One training step of the heads: squared error of the standardised reward plus cross-entropy of termination; with
+    value and prior, plus the squared errors of the standardised return-to-go and of the next packed action (whose
+    minimum is a one-hot action's probabilities).
+    """
 
     def __init__(self, config: HeadsTraining, data: Latents, heads: Heads | None = None) -> None:
         """``heads`` are trained further where given, else new ones, standardised on the data's rewards."""
         torch.manual_seed(config.loop.seed)
         self.config, self.data = config, data
         if heads is None:
-            heads = Heads(HeadsConfig(data.latents[0].numel(), data.packed.shape[1], config.width))
+            size = data.latents[0].numel()
+            heads = Heads(HeadsConfig(size, data.packed.shape[1], config.width, config.discount))
             std, mean = torch.std_mean(data.rewards)
             heads.reward_mean.copy_(mean)
             heads.reward_std.copy_(std.clamp_min(1e-6))
         self.heads = heads.requires_grad_(True)
         self.places = data.places(2) + 1
+        discount = heads.config.discount
+        if discount is not None:
+            self.values, self.known = returns_to_go(data.rewards, data.terminated, data.lengths, discount)
+            self.imitated = worth_imitating(data.rewards, data.lengths)
+            std, mean = torch.std_mean(self.values[self.known])
+            heads.value_mean.copy_(mean)
+            heads.value_std.copy_(std.clamp_min(1e-6))
 
     @property
     def module(self) -> nn.Module:
@@ -292,7 +307,9 @@ class HeadsStage:
     def backward(
         self, rng: np.random.Generator, generator: torch.Generator, progress: float
     ) -> Mapping[str, float | Tensor]:
-        """Metrics: loss, reward (unexplained share of its variance), termination (nats)."""
+        """Metrics: loss, reward (unexplained share of its variance), termination (nats); with a discount also value
+        (unexplained share) and prior (squared error of the packed action).
+        """
         c, heads, data = self.config, self.heads, self.data
         at = torch.from_numpy(rng.choice(self.places, size=c.batch))
         previous, latent = (
@@ -303,9 +320,20 @@ class HeadsStage:
         wanted = (data.rewards[at] - heads.reward_mean) / heads.reward_std
         squared = F.mse_loss(reward, wanted)
         ended = F.binary_cross_entropy_with_logits(logit, data.terminated[at].float())
-        loss = squared + ended
+        parts = {"reward": squared, "termination": ended}
+        if heads.config.discount is not None:
+            value, prior = heads.raw_ahead(latent)
+            aim = (self.values[at] - heads.value_mean) / heads.value_std
+            parts["value"] = _mean_where(self.known[at], (value - aim).square())
+            following = data.packed[(at + 1).clamp_max(len(data.packed) - 1)]
+            parts["prior"] = _mean_where(self.imitated[at], (prior - following).square().sum(1))
+        loss = torch.stack(list(parts.values())).sum()
         loss.backward()
-        return {"loss": loss.detach(), "reward": squared.detach(), "termination": ended.detach()}
+        return {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
+
+
+def _mean_where(mask: Tensor, values: Tensor) -> Tensor:
+    return (values * mask).sum() / mask.sum().clamp_min(1)
 
 
 def train_heads(

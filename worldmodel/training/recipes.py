@@ -81,6 +81,10 @@ def lunarlander() -> Recipe:
         flow=FlowTraining(
             flow, LoopConfig(steps=30_000, minutes=60.0, lr=1.2e-3, warmup=300), batch=32, noise_start=0.15
         ),
+        # every episode has its own terrain, which heads learn by heart unless noise and decay keep them from it
+        heads=HeadsTraining(
+            LoopConfig(steps=2_500, lr=1e-3, weight_decay=0.1), batch=256, noise=0.2, discount=0.98
+        ),
         sampling=Sampling(temperature=0.25),
     )
 
