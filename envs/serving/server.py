@@ -358,12 +358,17 @@ class WorldServer:
             if running is None:  # the front's own: what an expired session held
                 continue
             self._queued_bytes -= _nbytes(job.request)
-            reply = self._committed(job, running, outcome)
             try:
-                for waiter in running.waiters:
-                    self._answer(waiter, reply._replace(id=waiter.request))
-            finally:
-                self._remember(running, reply)
+                self._conclude(running, self._committed(job, running, outcome))
+            except Exception:  # a bug of ours: one request's, not that of those who shared its round
+                log.exception("an answer to %s failed", job.request.op)
+
+    def _conclude(self, running: Running, reply: Reply) -> None:
+        try:
+            for waiter in running.waiters:
+                self._answer(waiter, reply._replace(id=waiter.request))
+        finally:
+            self._remember(running, reply)
 
     def _remember(self, running: Running, reply: Reply) -> None:
         """Keep a reply for retries; after it is on its way, since the digest of a large request takes a while."""
