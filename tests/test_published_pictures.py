@@ -237,6 +237,7 @@ def test_what_the_hub_has_is_converted_under_the_name(folder: Path, monkeypatch:
         )
 
     release = published.Release("apple/starflow", "weights.pth", {**SMALL, "text": str(folder / "t5")})
+    monkeypatch.setattr(published, "_unreachable", lambda: None)
     monkeypatch.setattr(hub, "hf_hub_download", fetch)
     monkeypatch.setitem(RELEASES, NAME, release)
     assert WorldModel.load(NAME).spec.name == NAME

@@ -301,6 +301,10 @@ def test_without_weights_it_says_what_is_missing(folder: Path, monkeypatch: pyte
     refused(lambda: WorldModel.load(NAME), wanted, "(HF_HUB_OFFLINE is set)", place)
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(published, "getproxies", dict)
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "https://nowhere.invalid")
+    refused(lambda: WorldModel.load(NAME), wanted, "(nowhere.invalid is not reached: ", place)
+    monkeypatch.setattr(published, "_unreachable", lambda: None)
 
     def unreachable(*_: object) -> None:
         raise ConnectionError("Name or service\nnot known")
@@ -318,6 +322,7 @@ def test_what_the_hub_has_is_converted_under_the_name(folder: Path, monkeypatch:
         return str(folder / (file if file.startswith("vae/") else "model.pth"))
 
     release = published.Release("apple/starflow", "weights.pth", {**SMALL, "text": str(folder / "t5")})
+    monkeypatch.setattr(published, "_unreachable", lambda: None)
     monkeypatch.setattr(hub, "hf_hub_download", fetch)
     monkeypatch.setitem(RELEASES, NAME, release)
     world = WorldModel.load(NAME)

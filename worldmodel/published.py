@@ -13,11 +13,14 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor
@@ -231,25 +234,42 @@ def download(name: str, repo: str, file: str, size: str, folder: Path | None = N
     advice = f"put it at {there}/{place or file} (vae/ of the codec beside it) and load {there}"
     wanted = f"{name} needs {file} ({size}) of https://huggingface.co/{repo}"
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError
     except ImportError as error:
         raise CheckpointError(
             f"{wanted}: {advice}, or pip install 'worldmodel[hub]' to download it"
         ) from error
-    try:
-        return Path(hf_hub_download(repo, file))
-    except (OSError, EntryNotFoundError, ValueError) as error:
-        reason = "HF_HUB_OFFLINE is set" if _offline() else f"{' '.join(str(error).split()):.120}"
-        raise CheckpointError(
-            f"{wanted}, which is not in the Hub's cache and cannot be fetched ({reason}): {advice}"
-        ) from error
+    cause: Exception | None = None
+    reason = _unreachable()
+    if reason is not None:
+        cached = try_to_load_from_cache(repo, file)
+        if isinstance(cached, str):
+            return Path(cached)
+    else:
+        try:
+            return Path(hf_hub_download(repo, file))
+        except (OSError, EntryNotFoundError, ValueError) as error:
+            cause, reason = error, f"{' '.join(str(error).split()):.120}"
+    raise CheckpointError(
+        f"{wanted}, which is not in the Hub's cache and cannot be fetched ({reason}): {advice}"
+    ) from cause
 
 
-def _offline() -> bool:
+def _unreachable() -> str | None:
+    """Why the Hub cannot be asked, if so, at once: its own client goes on trying for half a minute."""
     from huggingface_hub import constants
 
-    return bool(constants.HF_HUB_OFFLINE)
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    hub = urlsplit(constants.ENDPOINT)
+    if "https" in getproxies():
+        return None
+    try:
+        socket.create_connection((hub.hostname or "", hub.port or 443), 10.0).close()
+    except OSError as error:
+        return f"{hub.hostname} is not reached: {error}"
+    return None
 
 
 def show_licence() -> None:
