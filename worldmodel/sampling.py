@@ -16,8 +16,8 @@ class Sampling:
     guidance: classifier-free guidance weight, 0 = the model's own distribution. temperature: standard deviation of the
     noise. tolerance: the Jacobi solver stops a sequence when the mean squared change of a sweep, relative to the mean
     square, is below it (0: exact); the noisy latent then differs from that of the exact inverse by less than
-    ``sqrt(tolerance)``, relative RMS, and frames by less than a level of 255 at the default (measured by
-    `worldmodel bench --only tolerance`; frames of few tokens are always exact). context: what happens when the window
+    ``sqrt(tolerance)``, relative RMS, as `worldmodel bench --only tolerance` measures; there, at the default, no pixel
+    of the shipped world differs (frames of up to 8 tokens are exact anyway). context: what happens when the window
     is full, "reencode" restarts from the last frames with positions from 0, "rolling" evicts the oldest frame.
     """
 
