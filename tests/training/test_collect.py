@@ -71,8 +71,14 @@ if __name__ == "__main__":
     (tmp_path / "script.py").write_text(script)
     root = str(Path(__file__).parents[2])
     env = os.environ | {"PYTHONPATH": root}
-    child = subprocess.Popen([sys.executable, tmp_path / "script.py"], env=env, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    child = subprocess.Popen(
+        [sys.executable, tmp_path / "script.py"],
+        env=env,
+        stderr=subprocess.DEVNULL,
+        # whoever runs the tests in the background has it ignored, which children inherit
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 300
     while not episode_path(tmp_path / "d", 1).exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
