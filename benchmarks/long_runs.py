@@ -99,11 +99,18 @@ def by_cause(wall: np.ndarray, cpu: np.ndarray, causes: list[str]) -> list[Row]:
 def memory(world: WorldModel, count: int, samples: int = 10) -> list[Row]:
     """One session of ``count`` steps: the bytes of its state, of the pages under it, and of the process, over time."""
     state, _ = world.reset([0])
-    state, _, _ = walk(world, state, 2 * world.flow.config.window, "warm")
+    action = random_actions(world, 1)
+
+    def stepped(state: WorldState, count: int, label: str) -> WorldState:
+        for _ in tqdm(range(count), desc=label, unit="step", leave=False):  # no chunk is kept
+            state, _ = world.step(state, action)
+        return state
+
+    state = stepped(state, 2 * world.flow.config.window, "warm")
     rows: list[Row] = []
     for sample in range(samples + 1):
         if sample:
-            state, _, _ = walk(world, state, count // samples, f"memory {sample}/{samples}")
+            state = stepped(state, count // samples, f"memory {sample}/{samples}")
         storages = {
             s.page.kv.untyped_storage().data_ptr(): s.page.kv.untyped_storage().nbytes()
             for cache in state.caches().values()
