@@ -22,6 +22,7 @@ def _rank(rank: int, size: int, port: int, function: Callable[..., Any], argumen
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
     function(*arguments)
+    os._exit(0)  # torch's own threads may abort a process that is taken down while they live
 
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> None:

@@ -60,6 +60,7 @@ class Ranks:
         dist.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE)
         try:
             yield cls(rank, size, device)
+            dist.barrier()  # nobody leaves while another still needs the group
         finally:
             dist.destroy_process_group()
 
