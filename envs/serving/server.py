@@ -1,6 +1,6 @@
 """The server's front: one thread that reads, checks, answers from memory, or hands a job to the worker.
 
-Nothing here waits for the model, and nothing here touches it.
+Nothing here waits for the model. What is proven to take less than a hand-over is run here, see `Worker.at_once`.
 """
 
 from __future__ import annotations
@@ -307,7 +307,11 @@ class WorldServer:
             session.reads += 1
         if not op.seq:
             principal.running[request.id] = running
-        self._handed.append(job)
+        done = self.worker.at_once(job) if len(self._running) == 1 and not self._handed else None
+        if done is None:
+            self._handed.append(job)
+        else:
+            self._finish(done)
 
     def _at_once(self, request: Request, owner: str, now: float) -> Reply:
         """Requests that neither a session nor the model is needed for."""

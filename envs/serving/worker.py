@@ -1,6 +1,7 @@
-"""The one thread that touches a model: it takes requests in rounds, and hands them to a backend.
+"""The thread that a model runs in: it takes requests in rounds, and hands them to a backend.
 
 A round is what several clients ask for within a few milliseconds, so that one forward pass serves them all.
+What takes less time than handing it over does is run where it arrives, see `Worker.at_once`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,6 +23,10 @@ from envs.serving.protocol import Request, ServingError
 MAX_SKIPPED = 64
 MAX_REMEMBERED = 4096
 PATIENCE = 0.1
+HAND_OVER = (
+    100e-6  # seconds, at most, that two threads take to hand one another a request and what came of it
+)
+PROVEN = 16  # times in a row that a kind of request has taken less
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +68,7 @@ Finished = tuple[Job, Outcome | ServingError]
 
 
 class Backend(Protocol):
-    """Where sessions live. Called by the worker's thread only.
+    """Where sessions live. Called by one thread at a time.
 
     facts: what `hello` says of the world (world, fingerprint, frame_size, chunk_frames, latent_shape, fps, sampling).
     action_space: its JSON. session_bytes: memory that one session may come to hold, with its last request and reply.
@@ -114,10 +120,25 @@ class Worker(threading.Thread):
         self._stopping = False
         self._last = 0.0  # seconds of the last round
         self._vain: dict[bytes, tuple[int, int]] = {}  # waits in vain in a row, rounds to do without waiting
+        self._model = threading.Lock()
+        self._quick: Counter[str] = (
+            Counter()
+        )  # by op: rounds of one, in a row, that took less than `HAND_OVER`
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Hand over jobs; from any thread."""
         self._mail.post(jobs)
+
+    def at_once(self, job: Job) -> list[Finished] | None:
+        """Run a job in the calling thread, while no other is under way; None where a hand-over is to be preferred:
+        it may take longer than one, or the model is in use.
+        """
+        if self._quick[job.request.op] < PROVEN or not self._model.acquire(blocking=False):
+            return None
+        try:
+            return None if self._backend.going_on else self._run([job])
+        finally:
+            self._model.release()
 
     def stop(self) -> None:
         """Finish the round and end."""
@@ -132,18 +153,28 @@ class Worker(threading.Thread):
                 return
             jobs, refused = self._round()
             company = {j.request.session for j in jobs if j.request.session and j.request.op == "step"}
-            began = time.perf_counter()
-            try:
-                finished = self._backend.run(jobs)
-            except Exception as error:  # a backend's own bug; the thread must live
-                failure = internal_error(error)
-                finished = [(job, failure) for job in jobs]
-            self._last = time.perf_counter() - began
-            self.seconds += self._last
-            self.rounds += bool(jobs)
-            self.jobs += len(jobs)
+            with self._model:
+                finished = self._run(jobs)
             if refused or finished:
                 self._report(refused + finished)
+
+    def _run(self, jobs: list[Job]) -> list[Finished]:
+        began = time.perf_counter()
+        try:
+            finished = self._backend.run(jobs)
+        except Exception as error:  # a backend's own bug; the thread must live
+            failure = internal_error(error)
+            finished = [(job, failure) for job in jobs]
+        self._last = time.perf_counter() - began
+        self.seconds += self._last
+        self.rounds += bool(jobs)
+        self.jobs += len(jobs)
+        if len(jobs) == 1:
+            whole = len(finished) == 1 and isinstance(finished[0][1], Outcome)
+            op, quick = jobs[0].request.op, self._last < HAND_OVER
+            # a refusal says nothing of how long it takes to do it
+            self._quick[op] = self._quick[op] + (whole and quick) if quick else 0
+        return finished
 
     def _gather(self, company: set[bytes]) -> None:
         """Wait for a first job, then for the rest of the last round's company."""

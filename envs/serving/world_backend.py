@@ -1,7 +1,7 @@
 """Sessions of one world, many to a forward pass: what `WorldModelEnv` does, for whoever asks in the same round.
 
-Only the worker's thread comes here. A session's state is a row of a batch (`Slot`); sessions that keep stepping
-together stay together, and nothing is copied from round to round.
+One thread at a time comes here. A session's state is a row of a batch (`Slot`); sessions that keep stepping together
+stay together, and nothing is copied from round to round.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from benchmarks.null_world import FAIL, NullBackend
 from envs.serving.protocol import Request, decode_reply, split_frame
 from envs.serving.server import WorldServer
 from envs.serving.sessions import Limits
-from envs.serving.worker import Finished, Job
+from envs.serving.worker import PROVEN, Finished, Job
 from tests.envs.serving.machines import PATIENCE, Clock, Scripted, eventually
 from tests.envs.serving.wire import STILL, Wire
 
@@ -150,6 +150,50 @@ def test_a_failing_model_is_internal_and_changes_nothing(null: Wire) -> None:
         assert reply.error.correlation and "Traceback" not in str(reply.error)
     assert null.result("attach", session=session)["info"]["chunk"] == 1
     assert null.step(session, 2).result["info"]["chunk"] == 2
+
+
+# ---- who runs the model --------------------------------------------------------------------------------------
+def test_short_requests_run_where_they_arrive_and_long_ones_never() -> None:
+    """A step that has proven to take less than a hand-over is run by the front; one that has once taken longer is not."""
+    ran: list[str] = []
+    long = threading.Event()
+
+    def model(request: Request) -> np.ndarray:
+        ran.append(threading.current_thread().name)
+        if long.is_set():
+            time.sleep(0.01)
+        return np.zeros(1, np.uint8)
+
+    with WorldServer(Scripted(model), "tcp://127.0.0.1:*") as server, Wire(server.url) as wire:
+        session, seq = wire.create(), 0
+
+        def by_the_front() -> bool:
+            nonlocal seq
+            seq += 1
+            assert wire.step(session, seq).result["seq"] == seq
+            return ran[-1] == "worldmodel-front"
+
+        assert not any(by_the_front() for _ in range(PROVEN))
+        eventually(by_the_front)
+        long.set()
+        by_the_front()
+        for _ in range(3):
+            assert not by_the_front()
+        assert wire.step(session, seq).result["seq"] == seq and len(ran) == 1 + seq  # a retry runs nothing
+        other = Wire(server.url)  # the front is there while the model is not
+        wire.send("step", session=session, seq=seq + 1, arrays=STILL)
+        assert "sessions" in other.result("stats")
+        assert wire.reply().error is None
+        other.close()
+
+
+def test_a_short_request_that_fails_is_refused_and_changes_nothing(null: Wire) -> None:
+    session = null.create()
+    for seq in range(1, 3 * PROVEN):
+        null.step(session, seq)
+    for _ in range(3):
+        assert null.step(session, 3 * PROVEN, FAIL).error.code == "internal"  # type: ignore[union-attr]
+    assert null.step(session, 3 * PROVEN).result["info"]["chunk"] == 3 * PROVEN
 
 
 # ---- limits ---------------------------------------------------------------------------------------------------
