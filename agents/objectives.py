@@ -59,6 +59,11 @@ class Objective(ABC):
         """It reads the chunk's frames; where no objective does, none are decoded."""
         return False
 
+    @property
+    def weighs_action_gain(self) -> bool:
+        """It reads the chunk's ``action_gain``; where no objective does, that is NaN, and planning takes less time."""
+        return False
+
     def __add__(self, other: Objective) -> Objective:
         """Both, added up."""
         return Total((*_parts(self), *_parts(other)))
@@ -78,6 +83,11 @@ class Total(Objective):
     def sees_pixels(self) -> bool:
         """One of the parts does."""
         return any(part.sees_pixels for part in self.parts)
+
+    @property
+    def weighs_action_gain(self) -> bool:
+        """One of the parts does."""
+        return any(part.weighs_action_gain for part in self.parts)
 
     def value(self, moment: Moment) -> Tensor:
         """The sum of the parts.
@@ -318,6 +328,11 @@ class Custom(Objective):
 
     @property
     def sees_pixels(self) -> bool:
+        """It may."""
+        return True
+
+    @property
+    def weighs_action_gain(self) -> bool:
         """It may."""
         return True
 

@@ -111,7 +111,9 @@ def imagine(
     frames, latents, rewards, nats = [], [], [], []
     for step in range(horizon):
         taken = take(actions, step, axis=1)
-        after, chunk = world.step(branches, taken, sampling, decode=decode)
+        after, chunk = world.step(
+            branches, taken, sampling, decode=decode, action_gain=goal.weighs_action_gain
+        )
         moment = Moment(world, branches, after, chunk, taken, survival, step, horizon)
         returns = returns + judge(goal, moment)
         survival = survival_after(survival, chunk)

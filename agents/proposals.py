@@ -74,7 +74,7 @@ def propose_behaviour(
         taken = take(belief.actions(_drawn(belief, expected, spread, rng)[:, None]), 0, axis=1)
         columns.append(taken)
         if step < horizon - 1:
-            branches, _ = world.step(branches, taken, sampling, decode=bool(state.codec))
+            branches, _ = world.step(branches, taken, sampling, decode=bool(state.codec), action_gain=False)
     return map_actions(lambda *parts: np.stack(parts, axis=1), *columns)
 
 

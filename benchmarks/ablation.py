@@ -20,6 +20,9 @@ from worldmodel.flow.deep import Committed, DeepBlock
 from worldmodel.flow.flow import Flow
 from worldmodel.state import WorldState
 
+Way = tuple[WorldModel, Callable[[], AbstractContextManager[None]], dict[str, Any]]
+"""Whose weights, under which switch, and what is asked of a step."""
+
 
 @contextmanager
 def jacobi_and_commit() -> Iterator[None]:
@@ -96,28 +99,30 @@ def ablation(world: WorldModel, batches: list[int], steps: int, repeats: int) ->
     plain, full = plain_weights(world), float32_weights(world)
     rows = []
     for batch in batches:
-        ways: dict[str, tuple[WorldModel, Callable[[], AbstractContextManager[None]], bool]] = {
-            "everything": (world, nullcontext, True),
-            "packed in float32": (full, nullcontext, True),
-            "weights not packed": (plain, nullcontext, True),
-            "the window denoised": (world, window_denoised, True),
-            "Jacobi and commit": (world, jacobi_and_commit, True),
-            "two passes for the action gain": (world, one_stream, True),
-            "none of these": (plain, jacobi_and_commit, True),
-            "without pixels (decode=False)": (world, nullcontext, False),
+        less: dict[str, Any] = {"decode": False}
+        ways: dict[str, Way] = {
+            "everything": (world, nullcontext, {}),
+            "packed in float32": (full, nullcontext, {}),
+            "weights not packed": (plain, nullcontext, {}),
+            "the window denoised": (world, window_denoised, {}),
+            "Jacobi and commit": (world, jacobi_and_commit, {}),
+            "two passes for the action gain": (world, one_stream, {}),
+            "none of these": (plain, jacobi_and_commit, {}),
+            "without pixels (decode=False)": (world, nullcontext, less),
+            "and without the action gain": (world, nullcontext, less | {"action_gain": False}),
         }
         state, _ = world.reset(list(range(batch)))
         action = random_actions(world, batch)
 
         def steps_of(
-            way: tuple[WorldModel, Callable[[], AbstractContextManager[None]], bool],
+            way: Way,
             state: WorldState = state,
             action: Any = action,
         ) -> None:
-            model, switch, decode = way
+            model, switch, wanted = way
             with switch():
                 for _ in range(steps):
-                    state, _ = model.step(state, action, decode=decode)
+                    state, _ = model.step(state, action, **wanted)
 
         times = interleaved({n: partial(steps_of, w) for n, w in ways.items()}, repeats, f"ablation {batch}")
         base = float(np.median(times["everything"]))
@@ -142,7 +147,7 @@ def forks_copied(world: WorldModel, branches: int, repeats: int) -> list[Row]:
     def plan(start: Callable[[], WorldState]) -> None:
         s = start()
         for _ in range(5):
-            s, _ = world.step(s, action, decode=False)
+            s, _ = world.step(s, action, decode=False, action_gain=False)
 
     times = interleaved(
         {

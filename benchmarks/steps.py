@@ -261,6 +261,8 @@ def forks(world: WorldModel, branches: int, repeats: int) -> list[Row]:
 def planning(world: WorldModel, branches: Sequence[int], depth: int, repeats: int, decode: bool) -> list[Row]:
     """Branch-chunks a second: N branches of one state, ``depth`` chunks deep, forks included, on one core and on all.
 
+    As planners ask for them: without the density under no action.
+
     The ratio is to one branch at its own best number of threads.
     """
     state, _ = world.reset([0])
@@ -272,7 +274,7 @@ def planning(world: WorldModel, branches: Sequence[int], depth: int, repeats: in
         torch.set_num_threads(threads)
         walk_on, action = state.fork(n), random_actions(world, n)
         for _ in range(depth):
-            walk_on, _ = world.step(walk_on, action, decode=decode)
+            walk_on, _ = world.step(walk_on, action, decode=decode, action_gain=False)
 
     try:
         times = interleaved({f"{n} {t}": partial(plan, n, t) for n, t in ways}, repeats, "planning")

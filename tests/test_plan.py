@@ -56,7 +56,7 @@ def test_a_branch_takes_what_is_planned(tmp_path: Path) -> None:
     forked, _ = world.step(state.fork(3), actions(3, 1)[:, 0])
     old = page_bytes(state)
     assert sorted(page_bytes(forked)) == sorted([*old, 3 * counted.kv_branch])
-    assert counted.kv_branch < counted.kv_allocated / 2
+    assert counted.kv_branch < 0.6 * counted.kv_allocated
 
 
 def test_bfloat16_halves_weights_and_keys(tmp_path: Path) -> None:

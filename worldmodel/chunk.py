@@ -19,11 +19,11 @@ class Chunk:
     log_prob: (B,) float64 nats of the chunk given past and action, exact for x~ as committed. guided_log_prob: the
     same under the guided sampler, or None. action_gain: (B,) nats, ``log p(chunk | action) - log p(chunk | no action)``;
     under prompts ``log p(chunk | prompt, action) - log p(chunk | empty prompt, no action)`` in sessions that keep a past
-    under the empty prompt (those of a world with guidance, and those guided once), else what the action alone gains.
-    log_prob_map: (B, h, w) nats a latent cell, summing to log_prob. noise: (B, C, h, w) the z that x~ maps to; given
-    back to `WorldModel.step` it reproduces the chunk. reward, termination: (B,). sweeps: (B,) deep Jacobi sweeps, 0
-    for an observed chunk; residual: (B,) relative mean squared change of the last sweep. context_frames: (B,) latent
-    frames it was conditioned on.
+    under the empty prompt (those of a world with guidance, and those guided once), else what the action alone gains;
+    NaN where it was not asked for. log_prob_map: (B, h, w) nats a latent cell, summing to log_prob. noise: (B, C, h, w)
+    the z that x~ maps to; given back to `WorldModel.step` it reproduces the chunk. reward, termination: (B,). sweeps:
+    (B,) deep Jacobi sweeps, 0 for an observed chunk; residual: (B,) relative mean squared change of the last sweep.
+    context_frames: (B,) latent frames it was conditioned on.
     """
 
     frames: Tensor

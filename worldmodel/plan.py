@@ -120,8 +120,9 @@ def plan(spec: WorldSpec) -> Plan:
     tokens = (h // flow.patch_size) * (w // flow.patch_size)
     streams = 2 if flow.text_tokens and spec.sampling.guidance else 1
     per_token = streams * 2 * flow.layers_per_block[-1] * flow.top_channels * wide
-    long_page = flow.text_tokens + (2 * flow.window + 1) * tokens  # what DeepBlock.reserve makes
-    first_page = flow.text_tokens + (flow.window + 1) * tokens if flow.text_tokens else long_page
+    reencodes = spec.sampling.context == "reencode"
+    windows = 1 if reencodes else 2  # see `DeepBlock.reserve`
+    page = flow.text_tokens + (windows * flow.window + 1) * tokens
     flow_reach = min(flow.window, 1 + flow.denoiser_layers * flow.denoiser_window)
     frame = tokens * flow.token_dim * 4
     features = flow.window * flow.action_features * 4
@@ -133,9 +134,9 @@ def plan(spec: WorldSpec) -> Plan:
         weights,
         streams,
         per_token * (flow.text_tokens + flow.window * tokens),
-        per_token * first_page,
+        per_token * page,
         per_token * (flow.window + 1 - min(flow.context, flow.window - 1)) * tokens,
-        per_token * first_page if spec.sampling.context == "reencode" and spec.fps else 0,
+        per_token * page if reencodes and spec.fps else 0,
         _codec_state(spec),
         (flow_reach + flow.window + 1) * frame + features + prompts,
         (score or _denoiser_working(flow, flow_reach * tokens, wide)) + _codec_working(spec),

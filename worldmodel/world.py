@@ -8,6 +8,7 @@ the codec make frames of an imagined one. The weights are `parts.WorldParts`, wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +163,7 @@ class WorldModel(WorldParts):
         sampling: Sampling | None = None,
         noise: Tensor | None = None,
         decode: bool = True,
+        action_gain: bool = True,
     ) -> tuple[WorldState, Chunk]:
         """Imagine the next chunk of every session.
 
@@ -169,7 +171,8 @@ class WorldModel(WorldParts):
         differs from a session's own takes its place from this chunk on, see `prompt`. ``noise``: (B, C, h, w) replaces the
         session's own random stream, e.g. with a chunk's inferred one for a counterfactual. ``decode=False`` leaves
         the pixels out, ``frames`` is then (B, 0, height, width, 3): for whoever plans on latents, rewards or nats. A
-        codec that decodes in a stream cannot skip a chunk.
+        codec that decodes in a stream cannot skip a chunk. ``action_gain=False`` leaves out the density without the action,
+        up to half of the deep block's work; ``Chunk.action_gain`` is then NaN.
 
         Raises:
             InputError: wrong shape, dtype or range, or a second chunk in a world of pictures.
@@ -196,11 +199,13 @@ class WorldModel(WorldParts):
             features,
             sampling.guidance,
             sampling.tolerance,
-            want_unconditional=features is not None,
+            want_unconditional=features is not None and action_gain,
         )
         after, chunk = self._advance(
             state, context, made.context, made.x, made.u, made.log_det, made.terms, features
         )
+        if not action_gain:
+            chunk = replace(chunk, action_gain=torch.full_like(chunk.log_prob, math.nan))
         latent = self.flow.latents(clean_frame(self.flow, self.grid, after), self.grid)[:, 0]
         codec = state.codec
         frames = torch.empty(state.rows, 0, *self.spec.frame_size, 3, dtype=torch.uint8)
@@ -292,13 +297,20 @@ class WorldModel(WorldParts):
         return self.score(state, frames, action, noise=silent).noise
 
     def rollout(
-        self, state: WorldState, actions: Any, sampling: Sampling | None = None, decode: bool = True
+        self,
+        state: WorldState,
+        actions: Any,
+        sampling: Sampling | None = None,
+        decode: bool = True,
+        action_gain: bool = True,
     ) -> tuple[WorldState, list[Chunk]]:
-        """Imagine T chunks: ``actions`` (B, T, ...), or a dict of such arrays. ``decode``: see `step`."""
+        """Imagine T chunks: ``actions`` (B, T, ...), or a dict of such arrays. ``decode``, ``action_gain``: see `step`."""
         horizon = np.shape(next(iter(actions.values())) if isinstance(actions, Mapping) else actions)[1]
         chunks = []
         for t in range(horizon):
-            state, chunk = self.step(state, actions_at(actions, t), sampling, decode=decode)
+            state, chunk = self.step(
+                state, actions_at(actions, t), sampling, decode=decode, action_gain=action_gain
+            )
             chunks.append(chunk)
         return state, chunks
 

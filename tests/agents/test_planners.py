@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from agents import LatentDistance, Moment, MPCAgent, Planner, Search, draw_plan, imagine
+from agents import (
+    LatentDistance,
+    Moment,
+    MPCAgent,
+    Objective,
+    Planner,
+    PredictedReward,
+    Search,
+    draw_plan,
+    imagine,
+)
 from agents.memory import branch_bytes
 from worldmodel import InputError, Sampling, WorldModel
 
@@ -151,11 +161,12 @@ def test_a_plan_can_be_drawn(world: WorldModel) -> None:
     sheet = draw_plan(plan, scale=2)
     assert sheet.dtype == np.uint8
     assert plan.futures.frames.shape == (4, 3, 4, 32, 32, 3)
-    watched = Planner(SMALL).plan(
-        world, state, lambda m: m.survival * m.chunk.reward.double()
-    )  # may see frames
-    np.testing.assert_array_equal(watched.actions, plan.actions)
-    np.testing.assert_array_equal(watched.futures.frames, plan.futures.frames)
+    blind, watched = (
+        imagine(world, state, plan.candidates, PredictedReward(), decode=decode) for decode in (False, True)
+    )
+    assert blind.frames.shape[2] == 0
+    np.testing.assert_array_equal(blind.decoded(world).frames, watched.frames)
+    np.testing.assert_array_equal(blind.returns, watched.returns)
     assert sheet.shape == (16 + 4 * (16 + 64 + 16), 3 * (64 + 4), 3)
     cell = sheet[32 : 32 + 64, : 2 * 32]
     np.testing.assert_array_equal(cell[::2, ::2], plan.futures.frames[0, 0, -1])
@@ -216,3 +227,30 @@ def test_the_agent_chooses(discrete: WorldModel) -> None:
     assert action == 3
     assert agent.state is not None
     assert int(agent.state.steps[0]) == 3
+
+
+def test_the_action_gain_is_left_out_unless_an_objective_weighs_it(world: WorldModel) -> None:
+    state, _ = world.reset([0])
+    actions = np.zeros((2, 2, *world.spec.action_space.shape), np.float32)
+    seen: list[torch.Tensor] = []
+
+    class Gain(Objective):
+        weighs_action_gain = True
+
+        def value(self, moment: Moment) -> torch.Tensor:
+            seen.append(moment.chunk.action_gain)
+            return moment.chunk.action_gain
+
+    futures = imagine(world, state, actions, PredictedReward() + Gain())
+    plain = imagine(world, state, actions, PredictedReward())
+    assert len(seen) == 2 and all(torch.isfinite(gain).all() for gain in seen)
+    np.testing.assert_allclose(futures.log_prob, plain.log_prob, rtol=1e-5)
+    np.testing.assert_allclose(futures.latents, plain.latents, rtol=0, atol=1e-4)
+    _, chunk = world.step(state, actions[:1, 0], action_gain=False)
+    assert torch.isnan(chunk.action_gain).all()
+
+    class Forgetful(Gain):
+        weighs_action_gain = False
+
+    with pytest.raises(InputError, match="Forgetful returned nan at step 0 of 2"):
+        imagine(world, state, actions, Forgetful())

@@ -302,6 +302,33 @@ def test_the_next_window_is_forked_selected_and_joined_with_its_session(rows: li
         assert torch.equal(mine.u, parts[row].u)
 
 
+def test_branches_encode_the_next_window_as_late_as_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most end before. Those that go on come to the same K/V, a group of frames at a time too."""
+    flow, (u, features) = flow64(seed=6, window=8, context=4), frames(9)
+    context, _ = stream(flow, u[:, :6], features[:, :6], 4, window=8)
+
+    def on(context: Context, rows: int) -> list[Context]:
+        contexts = []
+        for t in range(6, 9):
+            context = flow.deep.reserve(make_room(flow.deep, context, 4))
+            context, _ = flow.deep.commit(
+                context, *(x[:, t : t + 1].repeat_interleave(rows, dim=0) for x in (u, features))
+            )
+            contexts.append(context)
+        return contexts
+
+    seen = spy(flow, monkeypatch)
+    alone = on(context, 1)
+    assert seen == [2, 1, 1, 2, 1]  # what is known is encoded at once
+    seen.clear()
+    branches = on(context.fork(3), 3)
+    assert seen == [1, 2, 1, 2, 1]
+    assert [c.ahead.frames for c in branches if c.ahead] == [[0] * 6, [2] * 6, [0] * 6]
+    assert branches[-1].frames == alone[-1].frames * 3 == [5] * 6
+    a, b = (torch.cat([s.kv for s in c[-1].cache.cohorts[0].segments], dim=-2) for c in (branches, alone))
+    torch.testing.assert_close(a[:, :, ::3], b, rtol=0, atol=1e-12)
+
+
 def test_a_neighbour_that_has_just_restarted_takes_no_row_its_next_window() -> None:
     """Else the others would encode theirs again, more frames at a time than alone, with another rounding."""
     flow, (u, features) = flow64(seed=6, window=8, context=6), frames(8)

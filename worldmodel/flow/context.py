@@ -88,7 +88,8 @@ class Context:
 
     def gathered(self) -> Context:
         """The same sequences with K/V of their own, the next window's too; see `KVCache.gathered`."""
-        room = (2 * self.window + 1) * self.u.shape[2]
+        windows = 2 if any(c.first for c in self.cache.cohorts) else 1  # see `DeepBlock.reserve`
+        room = (windows * self.window + 1) * self.u.shape[2]
         uncond = None if self.uncond is None else self.uncond.gathered(room)
         ahead = (
             None if self.ahead is None else replace(self.ahead.gathered(), u=self.u, features=self.features)

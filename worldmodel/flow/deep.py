@@ -132,7 +132,8 @@ class DeepBlock(Block):
         shape, per_frame = self.kv_shape(), context.u.shape[2]
 
         def grow(cohort: Cohort) -> Cohort:
-            room = cohort.prefix + (2 * context.window + 1) * per_frame
+            windows = 2 if cohort.first else 1  # one that rolls moves a whole length before it is copied
+            room = cohort.prefix + (windows * context.window + 1) * per_frame
             if cohort.segments and cohort.segments[-1].fold > 1:  # a branch: what is left of the window
                 room = (context.window + 1 - cohort.frames) * per_frame
             return cohort.reserve(shape, frames * per_frame, room)

@@ -84,25 +84,37 @@ def reencode(deep: DeepBlock, context: Context, keep: int) -> Context:
 
 
 def _look_ahead(deep: DeepBlock, context: Context, begin: int) -> Context:
-    """The next window's context, with so many of its frames (this window's from ``begin`` on) that steady steps
-    complete it when this one is full: at most ``keep / begin`` a step, rounded up, or `AHEAD` where that is less.
+    """The next window's context, with so many of its frames (this window's from ``begin`` on) that steady steps complete
+    it when this one is full, in groups of a few frames, at most one group a step.
+
+    A session encodes a group as soon as its frames are known; a branch as late as it can, since most end before. When
+    makes no difference to what: the groups are the same.
     """
     window, keep = context.window, context.window - begin
     ahead = context.ahead
     if ahead is None or context.ahead_from != begin:
         ahead = _fresh(deep, context)
     ahead = replace(ahead, u=context.u, features=context.features)
+    size = max(AHEAD, -(-keep // begin))
     groups: dict[tuple[int, int, int], list[int]] = {}
-    for row, (f, has) in enumerate(zip(context.frames, ahead.frames, strict=True)):
-        due = max(0, min(f - begin, -(-keep * (f - keep) // begin)))
-        missing = due - has if due - has >= AHEAD or f >= window else 0
-        groups.setdefault((f, has, missing) if missing else (0, 0, 0), []).append(row)
+    branch = (any(s.fold > 1 for s in c.segments) for c in context.cache.cohorts for _ in range(c.rows))
+    for row, (f, has, is_branch) in enumerate(zip(context.frames, ahead.frames, branch, strict=True)):
+        known = keep if f >= window else (f - begin) // size * size
+        stop = size * (-(-keep // size) - (window - f))  # later, a step would have to do more than one group
+        if not is_branch:
+            stop = max(stop, min(known, size * (has // size + 1)))
+        stop = min(stop, keep)
+        groups.setdefault((f, has, stop) if stop > has else (0, 0, 0), []).append(row)
     if list(groups) == [(0, 0, 0)]:
         return ahead
     parts = []
-    for (f, has, missing), rows in groups.items():
+    for (f, has, stop), rows in groups.items():
         part = ahead if len(groups) == 1 else ahead.select(rows)
-        parts.append(_appended(deep, part, window - f + begin + has, missing) if missing else part)
+        while has < stop:
+            count = min(keep, size * (has // size + 1)) - has
+            part = _appended(deep, part, window - f + begin + has, count)
+            has += count
+        parts.append(part)
     return Context.concat(parts).select(_inverse([row for rows in groups.values() for row in rows]))
 
 
