@@ -263,7 +263,7 @@ def serving(
     steps = []
     with _process(_serve_world, world) as url:
         for count in tqdm(clients, desc="steps a second", unit="size"):
-            steps.append(throughput(url, world, count, rounds, max(3, 24 // count)))
+            steps.append(throughput(url, world, count, rounds, max(8, 24 // count)))
     return {"world": world, "round_trips": trips, "steps": steps}
 
 

@@ -20,6 +20,8 @@ from worldmodel import Chunk, InputError, WorldModel, WorldState
 from worldmodel.training.episodes import EpisodeDataset
 
 Info = dict[str, float | int]
+TOLD = ("log_prob", "bits_per_dim", "action_gain", "sweeps", "residual", "context_frames")
+"""What ``info`` tells of a chunk, beside its number."""
 RESET_OPTIONS = ("start", "bank_index", "image", "clip", "episode", "snapshot", "prompt")
 
 
@@ -61,15 +63,12 @@ class Turn:
 
     def outcome(self, options: EnvOptions) -> tuple[np.ndarray, float, bool, bool, Info]:
         """What `Env.step` returns. Frame by frame, the reward is split evenly and the flags come last."""
+        return self.observation(options), *self.verdict(options), dict(self.info)
+
+    def verdict(self, options: EnvOptions) -> tuple[float, bool, bool]:
+        """Reward, terminated and truncated of an `outcome`."""
         share = 1 if options.step_mode == "chunk" else len(self.frames)
-        over = self.over
-        return (
-            self.observation(options),
-            self.reward / share,
-            self.terminated and over,
-            self.truncated and over,
-            dict(self.info),
-        )
+        return self.reward / share, self.terminated and self.over, self.truncated and self.over
 
 
 def turns(
@@ -77,26 +76,19 @@ def turns(
 ) -> list[Turn]:
     """The B sessions of a chunk; ``counts`` are chunks since each one's reset, 0 for the reset itself."""
     frames, latent = chunk.frames.cpu().numpy(), chunk.latent.cpu().numpy()
-    bits = chunk.bits_per_dim.tolist()
+    told = {name: getattr(chunk, name).tolist() for name in TOLD}
+    rewards, ends = chunk.reward.tolist(), chunk.termination.tolist()
     shown = frames.shape[1] if options.step_mode == "chunk" else 1
     result = []
     for b, (count, horizon) in enumerate(zip(counts, horizons, strict=True)):
-        info: Info = {
-            "log_prob": float(chunk.log_prob[b]),
-            "bits_per_dim": float(bits[b]),
-            "action_gain": float(chunk.action_gain[b]),
-            "sweeps": int(chunk.sweeps[b]),
-            "residual": float(chunk.residual[b]),
-            "context_frames": int(chunk.context_frames[b]),
-            "chunk": int(count),
-        }
+        info: Info = {name: values[b] for name, values in told.items()} | {"chunk": int(count)}
         at_reset = count == 0
         result.append(
             Turn(
                 frames[b],
                 latent[b],
-                0.0 if at_reset else float(chunk.reward[b]),
-                not at_reset and float(chunk.termination[b]) > options.termination_threshold,
+                0.0 if at_reset else rewards[b],
+                not at_reset and ends[b] > options.termination_threshold,
                 not at_reset and horizon is not None and count >= horizon,
                 info,
                 frames.shape[1] if at_reset else shown,
@@ -112,6 +104,18 @@ def chunk_rows(chunk: Chunk, rows: Sequence[int]) -> Chunk:
     whole = {f.name: getattr(chunk, f.name) for f in fields(chunk)}
     picked = {k: v[index.to(v.device)] for k, v in whole.items() if v is not None}
     return Chunk(**{"guided_log_prob": guided, **picked})
+
+
+def chunks_apart(chunk: Chunk) -> list[Chunk]:
+    """Each session of a chunk alone, sharing no pixels and latents with the others."""
+    if len(chunk.log_prob) == 1:
+        return [chunk]
+    whole = {f.name: getattr(chunk, f.name) for f in fields(chunk)}
+    split = {name: x.split(1) for name, x in whole.items() if x is not None}
+    for name in ("frames", "latent", "noise", "log_prob_map"):
+        split[name] = [x.clone() for x in split[name]]
+    rows = zip(*split.values(), strict=True)
+    return [Chunk(**{"guided_log_prob": None, **dict(zip(split, row, strict=True))}) for row in rows]
 
 
 def concat_chunks(chunks: Sequence[Chunk]) -> Chunk:

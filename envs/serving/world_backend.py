@@ -48,7 +48,7 @@ from envs.turn import (
     begin,
     check_reset_options,
     choose_start,
-    chunk_rows,
+    chunks_apart,
     jumped,
     real_chunk,
     session_seed,
@@ -395,10 +395,11 @@ class WorldBackend:
             raise ValueError("the model returned a value that is not finite")
         slots = Batch(state).slots()
         counts = [0 if at_reset else int(row.session.turn.info["chunk"]) + 1 for row in rows]
+        each = chunks_apart(chunk)
         finished: list[Finished] = []
         entered: list[tuple[Job, Session, Outcome]] = []
         for i, (row, b) in enumerate(zip(rows, place, strict=True)):
-            alone = chunk if len(rows) == 1 else chunk_rows(chunk, [b])
+            alone = each[b]
             if row.plan is not None:
                 finished += self._advance(row.plan, slots[b], alone)
                 continue
@@ -441,7 +442,7 @@ class WorldBackend:
     def _show(self, session: Session, request: Request, action: Any = None) -> Outcome:
         """A session's turn as a reply; arrays are never written to again."""
         turn, options = session.turn, session.options
-        _, reward, terminated, truncated, info = turn.outcome(options)
+        reward, terminated, truncated = turn.verdict(options)
         if request.op == "observe":
             reward = turn.reward
         new = turn.new_frames(options)
@@ -452,7 +453,12 @@ class WorldBackend:
         for name in request.args.get("want", ()):
             value = getattr(session.chunk, name)[0].cpu().numpy()
             arrays[name] = turn.frames if name == "frames" else value
-        result = {"reward": float(reward), "terminated": terminated, "truncated": truncated, "info": info}
+        result = {
+            "reward": float(reward),
+            "terminated": terminated,
+            "truncated": truncated,
+            "info": turn.info,
+        }
         return Outcome(result, arrays, new, action)
 
 

@@ -1,5 +1,6 @@
 """The training loop: a killed run that goes on equals one that never stopped."""
 
+import json
 import math
 import signal
 import subprocess
@@ -14,8 +15,9 @@ import torch
 from torch import nn
 
 from worldmodel.errors import CheckpointError, ConfigError, TrainingError
-from worldmodel.files import load_tensors
+from worldmodel.files import load_metadata, load_tensors, save_tensors
 from worldmodel.training.loop import Interrupted, LoopConfig, Run
+from worldmodel.training.parallel import ALONE
 
 CONFIG = LoopConfig(steps=60, lr=1e-2, warmup=5, save_seconds=0.02)
 
@@ -47,9 +49,10 @@ def weights(stage: Line) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in stage.module.parameters()])
 
 
-def test_it_learns_and_leaves_the_average_in_the_module(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 1e-2), ("muon", 4e-2)])
+def test_it_learns_and_leaves_the_average_in_the_module(optimizer: str, lr: float, tmp_path: Path) -> None:
     stage = Line()
-    run = Run(stage, replace(CONFIG, steps=400, save_seconds=60.0), tmp_path)
+    run = Run(stage, replace(CONFIG, steps=400, save_seconds=60.0, optimizer=optimizer, lr=lr), tmp_path)
     run.fit("line")
     x = torch.randn(100, 4)
     assert (stage.module(x) - x.sum(1, keepdim=True)).square().mean() < 0.1
@@ -103,6 +106,29 @@ def test_a_signal_saves_and_stops(tmp_path: Path) -> None:
     assert torch.equal(weights(again), weights(whole))
 
 
+def test_muon_is_for_matrices_and_for_one_process(tmp_path: Path) -> None:
+    Run(Line(), replace(CONFIG, optimizer="muon"), tmp_path).fit("line")
+    saved = load_tensors(tmp_path / "checkpoint.safetensors")
+    for name in ("0.weight", "2.weight"):
+        assert f"momentum_buffer.{name}" in saved and f"exp_avg.{name}" not in saved
+    for name in ("0.bias", "2.bias"):
+        assert f"momentum_buffer.{name}" not in saved and f"exp_avg.{name}" in saved
+    with pytest.raises(ConfigError, match="muon takes one process"):
+        Run(Line(), replace(CONFIG, optimizer="muon"), tmp_path, replace(ALONE, size=2))
+
+
+def test_a_checkpoint_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    """What its settings do not name was then as it is by default now."""
+    Run(Line(), CONFIG, tmp_path).fit("line")
+    file = tmp_path / "checkpoint.safetensors"
+    header = json.loads(load_metadata(file)["run"])
+    del header["config"]["optimizer"]
+    save_tensors(file, load_tensors(file), {"run": json.dumps(header)})
+    assert Run(Line(), CONFIG, tmp_path).step == CONFIG.steps
+    with pytest.raises(ConfigError, match=r"other settings \(optimizer\)"):
+        Run(Line(), replace(CONFIG, optimizer="muon"), tmp_path)
+
+
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="not finite at step 20"):
         Run(Line(bad_step=21, pause=0.01), CONFIG, tmp_path).fit("line")
@@ -141,7 +167,9 @@ def test_other_settings_or_models_or_files_are_refused(tmp_path: Path) -> None:
         Run(Line(), CONFIG, tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"lr": 0.0}, {"ema": 1.0}, {"minutes": 0.0}])
-def test_wrong_settings_are_refused(change: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"steps": 0}, {"lr": 0.0}, {"ema": 1.0}, {"minutes": 0.0}, {"optimizer": "sgd"}]
+)
+def test_wrong_settings_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         replace(CONFIG, **change)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import torch
 from worldmodel.checkpoint import read_world
 from worldmodel.codec.conv import ConvCodecConfig
 from worldmodel.errors import ConfigError, DataError
-from worldmodel.files import config_from_dict, config_to_dict
+from worldmodel.files import config_from_dict, config_to_dict, load_tensors
 from worldmodel.flow.flow import FlowConfig
 from worldmodel.training.codec import CodecTraining
 from worldmodel.training.collect import CollectConfig, PolicyShare, collect
@@ -48,6 +48,7 @@ FLOW = FlowConfig(
 
 def small_recipe(steps: int = 3) -> Recipe:
     loop = LoopConfig(steps=steps, warmup=1, lr=1e-3)
+    flow = FlowTraining(FLOW, loop, batch=4, length=5, threads=1, compiled=False)
     return Recipe(
         name="small",
         collect=CollectConfig(
@@ -73,7 +74,8 @@ def small_recipe(steps: int = 3) -> Recipe:
             batch=8,
             threads=1,
         ),
-        flow=FlowTraining(FLOW, loop, batch=4, length=5, threads=1, compiled=False),
+        flow=flow,
+        refine=replace(flow, loop=replace(loop, optimizer="muon", seed=1), motion=0.5),
         heads=HeadsTraining(loop, width=16, batch=16),
         starts=3,
         start_chunks=2,
@@ -102,6 +104,31 @@ def test_world_json_holds_the_recipe(made: tuple[Recipe, Path]) -> None:
     spec = read_world(made[1] / "world").spec
     assert config_from_dict(Recipe, spec.provenance["recipe"], "world.json") == made[0]
     assert spec.environment["env"] == "Pendulum-v1"
+
+
+def test_refining_begins_with_the_first_training(made: tuple[Recipe, Path]) -> None:
+    """Three steps away from its weights, and not from fresh ones; the world holds what came of it."""
+    first, second = (load_tensors(made[1] / "run" / d / "checkpoint.safetensors") for d in ("flow", "refine"))
+    name = "flow.deep.transformer.layers.0.mlp.up.weight"
+    moved = (second[f"average.{name}"] - first[f"average.{name}"]).abs().max()
+    assert 0 < moved < 0.01
+    kept = load_tensors(made[1] / "world" / "flow.safetensors")[name]
+    assert torch.equal(kept, second[f"average.{name}"].to(kept.dtype))
+
+
+def test_windows_in_which_more_moves_are_drawn_more_often() -> None:
+    latents = torch.zeros(80, 4, 2, 2)
+    latents[50:60] = torch.arange(10.0)[:, None, None, None]  # a part of the second episode moves
+    data = Latents(
+        latents, torch.zeros(80, 1), torch.zeros(80), torch.zeros(80, dtype=torch.bool), np.full(2, 40)
+    )
+    config = FlowTraining(FLOW, batch=40, length=5, threads=1, compiled=False, motion=0.5)
+    drawn = np.concatenate([FlowStage(config, data)._places(np.random.default_rng(s)) for s in range(20)])
+    moving = (drawn > 45) & (drawn < 60)
+    assert set(drawn) <= set(data.places(5)) and len(drawn) == 800
+    assert 0.5 < moving.mean() < 0.8  # half of them, and 14 of 72 of the other half
+    with pytest.raises(ConfigError, match="motion is 2"):
+        replace(config, motion=2.0)
 
 
 def test_finished_stages_are_not_trained_again(made: tuple[Recipe, Path]) -> None:

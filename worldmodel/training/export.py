@@ -54,10 +54,14 @@ def train_world(
     train = [episodes[i] for i in split_indices(len(episodes), "train")]
     latents = Latents.of(train, dataset.action_space)
     parts, made = train_flow(recipe.flow, latents, run / "flow", ranks)
+    steps = made.step
+    if recipe.refine is not None:
+        parts, made = train_flow(recipe.refine, latents, run / "refine", ranks, parts.state_dict())
+        steps += made.step
     if until == "flow" or not ranks.first:
         return None
     heads, _ = train_heads(recipe.heads, latents, run / "heads")
-    export_world(recipe, dataset, len(train), run, out, parts, heads, made.step)
+    export_world(recipe, dataset, len(train), run, out, parts, heads, steps)
     return WorldModel.load(out)
 
 

@@ -40,7 +40,9 @@ class FlowTraining:
     so that guidance and the action gain exist. harmonics: Fourier features of the action encoder. bf16: autocast.
     compiled: with torch.compile where a C++ compiler is at hand (1.5 x faster here), on one process.
     recompute: activation checkpointing, which needs less memory and more time; never compiled.
-    text_dropout: share of windows whose prompt is replaced by the empty one, in worlds with prompts.
+    text_dropout: share of windows whose prompt is replaced by the empty one, in worlds with prompts. motion: share of
+    windows drawn in proportion to how much their latents change, the others evenly: where little happens most of the
+    time, the rest is learned from more of it.
 
     noise_start: noise level that the run begins with; it falls to the model's ``noise_std`` between 40 % and 60 % of the
     run. Large noise is learned fast, small noise tells the state precisely. None: the model's all along.
@@ -58,6 +60,7 @@ class FlowTraining:
     noise_start: float | None = None
     recompute: bool = False
     text_dropout: float = 0.1
+    motion: float = 0.0
 
     def noise(self, progress: float) -> float:
         """Noise level at ``progress`` (0 to 1) of the run."""
@@ -71,6 +74,8 @@ class FlowTraining:
             raise ConfigError("model.denoiser_layers is 0, expected at least 1: training fits a denoiser too")
         if not 2 <= self.length <= self.model.window:
             raise ConfigError(f"length is {self.length}, expected 2 to the window of {self.model.window}")
+        if not 0 <= self.motion <= 1:
+            raise ConfigError(f"motion is {self.motion}, expected a share of 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,13 @@ class Latents:
             )
         return np.concatenate(found)
 
+    def motion(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """What share (places,) of all change each window of ``length`` holds: mean squares of latents' differences."""
+        change = (self.latents[1:] - self.latents[:-1]).square().flatten(1).mean(1).double()
+        total = np.concatenate(([0.0], change.cumsum(0).numpy()))
+        held = total[starts + length - 1] - total[starts] + 1e-12
+        return np.asarray(held / held.sum())
+
 
 def new_parts(config: FlowTraining, packed: int) -> nn.ModuleDict:
     """{"flow"} and, where a packed action has ``packed`` > 0 floats, {"actions"}, with fresh weights."""
@@ -193,6 +205,7 @@ class FlowStage:
         self.actions = cast(ActionEncoder, self.parts["actions"]) if "actions" in self.parts else None
         self.grid = self.flow.grid((data.latents.shape[2], data.latents.shape[3]))
         self.starts, self.rows = data.places(config.length), ranks.rows(config.batch)
+        self.moving = data.motion(self.starts, config.length) if config.motion else None
         ranks.shard(self.parts, config.recompute)
         self.density: Callable[..., Density] = self.flow
         self.score: Callable[..., Tensor] = cast(Denoiser, self.flow.denoiser).score
@@ -213,7 +226,7 @@ class FlowStage:
         latents' correction, relative to the noise's variance).
         """
         c, sigma, device, rows = self.config, self.config.noise(progress), self.ranks.device, self.rows
-        begin = torch.from_numpy(rng.choice(self.starts, size=c.batch))
+        begin = torch.from_numpy(self._places(rng))
         at = begin[rows, None] + torch.arange(c.length)
         x = self.flow.tokens(self.data.latents[at].to(device))
         noise = torch.randn(c.batch, *x.shape[1:], generator=generator)[rows].to(device)
@@ -245,6 +258,14 @@ class FlowStage:
             "score": error,
         }
 
+    def _places(self, rng: np.random.Generator) -> np.ndarray:
+        """Where the windows of a batch start (B,)."""
+        if self.moving is None:
+            return rng.choice(self.starts, size=self.config.batch)
+        moving = round(self.config.batch * self.config.motion)
+        evenly = rng.choice(self.starts, size=self.config.batch - moving)
+        return np.concatenate((evenly, rng.choice(self.starts, size=moving, p=self.moving)))
+
     def _text(self, rng: np.random.Generator, begin: Tensor) -> Tensor | None:
         """Prompts (rows, L, text_dim) of the windows that start at ``begin``, some replaced by the empty one."""
         if self.data.text is None or self.data.prompts is None:
@@ -255,9 +276,15 @@ class FlowStage:
 
 
 def train_flow(
-    config: FlowTraining, data: Latents, folder: Path, ranks: Ranks = ALONE
+    config: FlowTraining,
+    data: Latents,
+    folder: Path,
+    ranks: Ranks = ALONE,
+    start: Mapping[str, Tensor] | None = None,
 ) -> tuple[nn.ModuleDict, Run]:
     """Train, or continue what is in ``folder``; returns {"flow", "actions"} that hold the averaged weights.
+
+    ``start``: the state dict of such a pair that a fresh run begins with, instead of random weights.
 
     Raises:
         DataError: episodes too short. Others as `worldmodel.training.loop.Run`.
@@ -265,6 +292,8 @@ def train_flow(
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.loop.seed)
     parts, packed = new_parts(config, data.packed.shape[1]), data.packed.shape[1]
+    if start is not None:
+        parts.load_state_dict(start)
     stage = FlowStage(config, data, parts, ranks)
     run = Run(stage, config.loop, folder, ranks)
     run.fit("flow")

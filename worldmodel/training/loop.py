@@ -1,6 +1,6 @@
 """The training loop that codec, flow and heads share: resumable after a kill at any moment, no pickle.
 
-A checkpoint is ``checkpoint.safetensors`` (weights, their moving average, both AdamW moments) whose header
+A checkpoint is ``checkpoint.safetensors`` (weights, their moving average, the optimisers' moments) whose header
 holds, as JSON, the step, the elapsed time and the settings; it is replaced atomically. The batch of a step
 is a function of (seed, step) alone, so a resumed run sees what an uninterrupted one would have seen.
 Several ranks write shards instead (`worldmodel.training.parallel`); either form continues on any number of ranks.
@@ -39,18 +39,20 @@ from worldmodel.training.parallel import (
 )
 
 REPORT_EVERY = 20  # steps
-MOMENTS = ("exp_avg", "exp_avg_sq")
+OPTIMIZERS = ("adamw", "muon")
+MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
 CADENCE = ("save_seconds",)  # settings that may change between a run and its continuation
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How to optimise, with AdamW.
+    """How to optimise.
 
-    steps: length of the run. minutes: if given, the run ends by the clock too, and progress (which drives
-    the learning rate) is whichever of the two is further; such a run is not exactly repeatable. lr: peak
-    learning rate, reached after ``warmup`` steps, then cosine to ``lr * final_lr``. weight_decay: of
-    matrices and kernels. clip: largest gradient norm. ema: decay of the moving average of the weights,
+    optimizer: "adamw", or "muon" (orthogonalised momentum, Liu et al., arXiv 2502.16982) for matrices with AdamW for the
+    rest; it takes AdamW's learning rates, and one process. steps: length of the run. minutes: if given, the run ends by
+    the clock too, and progress (which drives the learning rate) is whichever of the two is further; such a run is not
+    exactly repeatable. lr: peak learning rate, reached after ``warmup`` steps, then cosine to ``lr * final_lr``.
+    weight_decay: of matrices and kernels. clip: largest gradient norm. ema: decay of the moving average of the weights,
     which `Run.fit` leaves in the module. save_seconds: time between checkpoints.
     """
 
@@ -65,6 +67,7 @@ class LoopConfig:
     ema: float = 0.999
     seed: int = 0
     save_seconds: float = 60.0
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be used."""
@@ -72,6 +75,8 @@ class LoopConfig:
             raise ConfigError("steps, lr and clip must be above 0, and ema in [0, 1)")
         if self.minutes is not None and self.minutes <= 0:
             raise ConfigError(f"minutes must be above 0, got {self.minutes}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(f"no optimizer {self.optimizer!r}; choose from {', '.join(OPTIMIZERS)}")
 
 
 class Stage(Protocol):
@@ -94,6 +99,24 @@ class Stage(Protocol):
 
 class Interrupted(WorldModelError):
     """The run was stopped by a signal after its checkpoint was written; run it again to continue."""
+
+
+def _optimizers(config: LoopConfig, weights: list[nn.Parameter]) -> Iterator[torch.optim.Optimizer]:
+    """Those of the configuration, each for some of the weights."""
+    shared: dict[str, Any] = {"lr": config.lr}
+    matrices = [w for w in weights if w.ndim == 2] if config.optimizer == "muon" else []
+    if matrices:
+        yield torch.optim.Muon(
+            matrices, **shared, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+    taken = {id(w) for w in matrices}
+    rest = [w for w in weights if id(w) not in taken]
+    groups = [
+        {"params": [w for w in rest if w.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [w for w in rest if w.ndim < 2], "weight_decay": 0.0},
+    ]
+    if rest:
+        yield torch.optim.AdamW(groups, **shared, betas=config.betas, fused=True)
 
 
 @contextmanager
@@ -124,14 +147,10 @@ class Run:
         self.stage, self.config, self.folder, self.ranks = stage, config, Path(folder), ranks
         self.file = self.folder / "checkpoint.safetensors"
         self.weights = {n: p for n, p in stage.module.named_parameters() if p.requires_grad}
-        groups = [
-            {
-                "params": [p for p in self.weights.values() if p.ndim >= 2],
-                "weight_decay": config.weight_decay,
-            },
-            {"params": [p for p in self.weights.values() if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+        if config.optimizer == "muon" and ranks.size > 1:
+            raise ConfigError("the optimizer muon takes one process; use adamw on several")
+        self.optimizers = list(_optimizers(config, list(self.weights.values())))
+        self.owner = {w: o for o in self.optimizers for group in o.param_groups for w in group["params"]}
         self.average = {n: p.detach().clone() for n, p in self.weights.items()}
         self.step, self.elapsed = 0, 0.0
         self._load()
@@ -189,9 +208,10 @@ class Run:
                 weight.copy_(self.average[name])
 
     def _one_step(self, description: str) -> dict[str, float | Tensor]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._lr()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self._lr()
+            optimizer.zero_grad(set_to_none=True)
         metrics = self.stage.backward(
             np.random.default_rng((self.config.seed, self.step)),
             torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step),
@@ -203,12 +223,13 @@ class Run:
                 f"{description}: loss or gradient is not finite at step {self.step}; the checkpoint in "
                 f"{self.folder} is the last good one; lower the learning rate in a new run"
             )
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         decay = min(self.config.ema, self.step / (10.0 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1.0 - decay)
-        return {**metrics, "grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
+        return {**metrics, "grad_norm": norm, "lr": self.optimizers[0].param_groups[0]["lr"]}
 
     def _lr(self) -> float:
         config = self.config
@@ -229,9 +250,10 @@ class Run:
         for name, weight in self.weights.items():
             tensors[f"weight.{name}"] = weight
             tensors[f"average.{name}"] = self.average[name]
-            for moment in MOMENTS:
-                if moment in self.optimizer.state[weight]:
-                    tensors[f"{moment}.{name}"] = self.optimizer.state[weight][moment]
+            owner = self.owner[weight]
+            for moment in MOMENTS[type(owner)]:
+                if moment in owner.state[weight]:
+                    tensors[f"{moment}.{name}"] = owner.state[weight][moment]
         return tensors
 
     def _header(self) -> dict[str, Any]:
@@ -255,7 +277,10 @@ class Run:
         shards = dict(shard_folders(self.folder)).get(newest)
         header = self._header() if shards is None else header_of(shards)
         now = json.loads(json.dumps(asdict(self.config)))
-        changed = [k for k in now if k not in CADENCE and now[k] != header["config"].get(k)]
+        known = (
+            asdict(LoopConfig()) | header["config"]
+        )  # what an older version did not know was as it is by default
+        changed = [k for k in now if k not in CADENCE and now[k] != known[k]]
         if changed:
             raise ConfigError(
                 f"{shards or self.file} was made with other settings ({', '.join(changed)}); "
@@ -264,10 +289,12 @@ class Run:
         saved = load_tensors(self.file) if shards is None else {}
         names = set(saved) if shards is None else names_in(shards)
         for name, weight in self.weights.items():
-            if f"exp_avg.{name}" in names:  # else no loss has reached it yet
-                moments = {moment: torch.zeros_like(weight) for moment in MOMENTS}
-                done = torch.tensor(float(header["step"]), device=weight.device)
-                self.optimizer.state[weight] = {"step": done, **moments}
+            owner = self.owner[weight]
+            moments = MOMENTS[type(owner)]
+            if f"{moments[0]}.{name}" in names:  # else no loss has reached it yet
+                owner.state[weight] = {moment: torch.zeros_like(weight) for moment in moments}
+                if isinstance(owner, torch.optim.AdamW):
+                    owner.state[weight]["step"] = torch.tensor(float(header["step"]), device=weight.device)
         tensors, where = self._tensors(), shards or self.file
         for name, tensor in tensors.items():
             if name not in names or (shards is None and saved[name].shape != tensor.shape):
