@@ -144,7 +144,7 @@ def _view(reply: Reply) -> View:
             float(info["log_prob"]),
             float(info["bits_per_dim"]),
             str(said["world"]),
-            float(said["fps"]),
+            float(said["fps"]) or 1.0,  # a world of pictures has none
         )
     except (KeyError, TypeError, ValueError, cv2.error) as error:
         raise ServingError("bad_frame", f"not a view of a session: {error!r:.80}") from error
