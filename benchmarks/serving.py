@@ -25,7 +25,8 @@ from tqdm import tqdm
 import envs
 from envs.serving.client import RemoteEnv
 from envs.serving.connection import ClientKeys, Connection
-from envs.serving.protocol import Request, encode_request, new_id
+from envs.serving.messages import encode_request
+from envs.serving.protocol import Request, new_id
 from envs.serving.security import KeyStore
 from envs.serving.server import WorldServer
 from envs.serving.worker import Finished, Job, Outcome

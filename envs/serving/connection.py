@@ -24,15 +24,8 @@ from typing import Any
 import zmq
 import zmq.utils.monitor as zmq_monitor
 
-from envs.serving.protocol import (
-    MAX_MESSAGE,
-    Reply,
-    Request,
-    ServingError,
-    decode_reply,
-    encode_request,
-    new_id,
-)
+from envs.serving.messages import decode_reply, encode_request
+from envs.serving.protocol import MAX_MESSAGE, Reply, Request, ServingError, new_id
 from envs.serving.security import read_public, read_secret
 from worldmodel.errors import InputError
 

@@ -23,7 +23,8 @@ import ray
 from ray.exceptions import RayActorError
 
 from envs.serving.batches import Batch
-from envs.serving.protocol import OPS, Request, ServingError, decode_request, encode_request
+from envs.serving.messages import decode_request, encode_request
+from envs.serving.protocol import OPS, Request, ServingError
 from envs.serving.worker import Finished, Job, Outcome
 from envs.serving.world_backend import WorldBackend
 from envs.snapshot import Snapshot

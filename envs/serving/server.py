@@ -18,7 +18,8 @@ import zmq
 from envs.serving import protocol
 from envs.serving.health import HealthPages, resident_bytes
 from envs.serving.mailbox import Calls
-from envs.serving.protocol import Reply, Request, ServingError, decode_request, encode_reply
+from envs.serving.messages import decode_request, encode_reply
+from envs.serving.protocol import Reply, Request, ServingError
 from envs.serving.security import KeyStore, ZapHandler, is_loopback
 from envs.serving.sessions import (
     MAX_READS,

@@ -12,7 +12,8 @@ import cv2
 import numpy as np
 import zmq
 
-from envs.serving.protocol import Reply, Request, ServingError, encode_reply, join_frames
+from envs.serving.messages import encode_reply, join_frames
+from envs.serving.protocol import Reply, Request, ServingError
 from envs.serving.security import ZAP_DOMAIN, KeyPair
 from envs.serving.sessions import Session, Waiter
 

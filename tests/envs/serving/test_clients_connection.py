@@ -15,7 +15,8 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from envs.serving import connection as module
 from envs.serving.connection import ClientKeys, Connection, Unanswered
-from envs.serving.protocol import Reply, Request, ServingError, decode_request, encode_reply
+from envs.serving.messages import decode_request, encode_reply
+from envs.serving.protocol import Reply, Request, ServingError
 from tests.envs.serving.machines import within
 from tests.envs.serving.proxy import Proxy
 from worldmodel import InputError

@@ -18,7 +18,8 @@ from gymnasium.error import ResetNeeded
 
 from envs import RemoteEnv, RemoteVectorEnv, WorldModelEnv
 from envs.serving.connection import Connection, Unanswered
-from envs.serving.protocol import Request, ServingError, encode_request, new_id
+from envs.serving.messages import encode_request
+from envs.serving.protocol import Request, ServingError, new_id
 from envs.serving.server import WorldServer
 from envs.serving.sessions import Limits
 from envs.serving.world_backend import WorldBackend

@@ -17,6 +17,14 @@ import pytest
 
 from envs.serving import protocol
 from envs.serving.actions import decode_action, encode_action
+from envs.serving.messages import (
+    decode_reply,
+    decode_request,
+    encode_reply,
+    encode_request,
+    join_frames,
+    split_frame,
+)
 from envs.serving.protocol import (
     CODES,
     DTYPES,
@@ -27,13 +35,7 @@ from envs.serving.protocol import (
     Reply,
     Request,
     ServingError,
-    decode_reply,
-    decode_request,
-    encode_reply,
-    encode_request,
-    join_frames,
     new_id,
-    split_frame,
 )
 
 ROOT = Path(__file__).parents[3]

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from benchmarks.null_world import FAIL, NullBackend
-from envs.serving.protocol import Request, decode_reply, split_frame
+from envs.serving.messages import decode_reply, split_frame
+from envs.serving.protocol import Request
 from envs.serving.server import WorldServer
 from envs.serving.sessions import Limits
 from envs.serving.worker import PROVEN, Finished, Job

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import zmq
 
-from envs.serving.protocol import MAGIC, Request, decode_reply, encode_request, new_id
+from envs.serving.messages import decode_reply, encode_request
+from envs.serving.protocol import MAGIC, Request, new_id
 from envs.serving.worker import Job
 from envs.serving.world_backend import WorldBackend
 from tests.envs.serving.machines import PATIENCE

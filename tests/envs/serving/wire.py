@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import zmq
 
-from envs.serving.protocol import Reply, Request, decode_reply, encode_request, new_id
+from envs.serving.messages import decode_reply, encode_request
+from envs.serving.protocol import Reply, Request, new_id
 from envs.serving.security import KeyPair
 
 STILL = {"action": np.zeros(1, np.float32)}
