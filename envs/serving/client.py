@@ -23,15 +23,8 @@ from envs.options import (
     noop_action,
 )
 from envs.serving.connection import Connection, client_keys
-from envs.serving.session import (
-    RemoteChunk,
-    RemoteScore,
-    RemoteSession,
-    RemoteSnapshot,
-    RemoteTurn,
-    RemoteWorld,
-    reset_all,
-)
+from envs.serving.remote import RemoteChunk, RemoteScore, RemoteSnapshot, RemoteTurn, RemoteWorld
+from envs.serving.session import RemoteSession, reset_all
 from envs.window import Window, windows_available
 
 Step = tuple[np.ndarray, float, bool, bool, dict[str, Any]]

@@ -17,15 +17,8 @@ from gymnasium.vector.utils import batch_space
 
 from envs.options import EnvOptions, Observation, StepMode
 from envs.serving.connection import HIGH_WATER, Connection, client_keys
-from envs.serving.session import (
-    RemoteChunk,
-    RemoteSession,
-    RemoteTurn,
-    RemoteWorld,
-    accept_all,
-    reset_all,
-    settle,
-)
+from envs.serving.remote import RemoteChunk, RemoteTurn, RemoteWorld
+from envs.serving.session import RemoteSession, accept_all, reset_all, settle
 from envs.slots import (
     check_autoreset,
     check_slots,

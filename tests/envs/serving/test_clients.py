@@ -20,8 +20,8 @@ from gymnasium.wrappers import RecordEpisodeStatistics
 
 from envs import ChunkedEnv, RecordChunks, RemoteEnv, RemoteVectorEnv, WorldModelEnv, WorldModelVectorEnv
 from envs.serving.protocol import ServingError
+from envs.serving.remote import RemoteChunk, RemoteScore
 from envs.serving.server import WorldServer
-from envs.serving.session import RemoteChunk, RemoteScore
 from envs.serving.world_backend import WorldBackend
 from tests.envs.serving.machines import Clock, eventually
 from tests.toy import toy_world
