@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,26 +25,20 @@ from envs.serving.batches import (
     first_row,
     held_bytes,
     kinds,
-    leaves,
     row_bytes,
     stacked,
     together,
 )
 from envs.serving.health import trim_memory
 from envs.serving.protocol import (
-    IMAGINED,
     MAX_DRAWS,
-    MAX_IMAGINE,
-    MAX_MESSAGE,
     Request,
     ServingError,
 )
+from envs.serving.rows import Imagination, Row, Session
 from envs.serving.worker import Finished, Job, Outcome, internal_error
-from envs.snapshot import Snapshot, check_snapshot, continue_snapshot
+from envs.snapshot import check_snapshot, continue_snapshot
 from envs.turn import (
-    Start,
-    Turn,
-    at_chunk,
     begin,
     check_reset_options,
     choose_start,
@@ -59,59 +53,6 @@ from worldmodel.condition.spaces import pack_actions, prompts_of
 
 TRIM = 10.0  # seconds at least from one return of freed memory to the next
 SCORED = ("log_prob", "rate", "bits_per_dim", "action_gain", "noise_square")
-
-
-@dataclass(frozen=True)
-class Session:
-    """An environment: its options, where its state is, its current chunk and its random stream.
-
-    chunk: the chunk (B = 1) with its maps and latents, sharing no memory with those of other sessions.
-    """
-
-    world: WorldModel
-    options: EnvOptions
-    max_chunks: int | None
-    slot: Slot
-    turn: Turn
-    chunk: Chunk
-    rng: np.random.Generator
-
-    def snapshot(self) -> Snapshot:
-        """As `WorldModelEnv.snapshot`."""
-        return Snapshot(
-            self.slot.state(),
-            self.turn,
-            self.chunk,
-            dict(copy.deepcopy(self.rng.bit_generator.state)),
-            self.world.fingerprint,
-        )
-
-
-@dataclass(eq=False)
-class Row:
-    """What one job asks of a forward pass; ``key`` says who may share it."""
-
-    job: Job
-    key: tuple[Any, ...]
-    session: Session
-    action: Any = None
-    frames: np.ndarray | None = None
-    start: Start | None = None
-    seed: int = 0
-    draws: int = 1
-    plan: Imagination | None = None
-
-
-@dataclass(eq=False)
-class Imagination:
-    """A job that takes as many rounds as it has chunks; ``chunks`` (B = 1) are those done."""
-
-    job: Job
-    session: Session
-    slot: Slot
-    actions: Any
-    horizon: int
-    chunks: list[Chunk] = field(default_factory=list)
 
 
 class WorldBackend:
@@ -196,7 +137,7 @@ class WorldBackend:
         if request.op in ("observe", "score"):
             return self._real_row(job, session)
         if request.op == "imagine":
-            self._plans.append(self._imagination(job, session))
+            self._plans.append(Imagination.of(job, session))
             return None
         return self._at_once(job, session)
 
@@ -286,26 +227,6 @@ class WorldBackend:
         key = (request.op, session.world.spec.sampling, kinds(action), draws)
         return Row(job, key, session, action, frames, draws=draws)
 
-    def _imagination(self, job: Job, session: Session) -> Imagination:
-        lifted = batch_of_one(session.world.spec.action_space, _action(job.request))
-        lengths = {leaf.shape[1] if leaf.ndim > 1 else 0 for leaf in leaves(lifted)}
-        horizon = min(lengths, default=0)
-        if len(lengths) != 1 or horizon < 1:
-            raise InputError("imagine takes a sequence of actions, with chunks on the first axis")
-        sizes = {
-            "frames": math.prod(session.world.frames_shape),
-            "latent": 4 * math.prod(session.world.latent_shape),
-            "noise": 4 * math.prod(session.world.latent_shape),
-            "log_prob_map": 4 * math.prod(session.world.latent_shape[1:]),
-        }
-        each = sum(sizes[name] for name in {"frames", *job.request.args.get("want", ())})
-        most = min(MAX_IMAGINE, (MAX_MESSAGE - (64 << 10)) // each)
-        if horizon > most:
-            raise ServingError("too_large", f"{horizon} chunks at once, at most {most}; imagine fewer")
-        if session.world.actions is not None:
-            pack_actions(session.world.spec.action_space, first_row(lifted), horizon)
-        return Imagination(job, session, session.slot, lifted, horizon)
-
     def _plan_rows(self, finished: list[Finished]) -> list[Row]:
         """The next chunk of each imagination that goes on."""
         rows, kept = [], []
@@ -313,9 +234,7 @@ class WorldBackend:
             if refusal := plan.job.refusal(time.monotonic() if not plan.chunks else -math.inf):
                 finished.append((plan.job, refusal))
                 continue
-            action = at_chunk(plan.actions, len(plan.chunks))
-            key = ("step", plan.session.world.spec.sampling, kinds(action))
-            rows.append(Row(plan.job, key, replace(plan.session, slot=plan.slot), action, plan=plan))
+            rows.append(plan.row())
             kept.append(plan)
         self._plans = kept
         return rows
@@ -401,7 +320,10 @@ class WorldBackend:
         for i, (row, b) in enumerate(zip(rows, place, strict=True)):
             alone = each[b]
             if row.plan is not None:
-                finished += self._advance(row.plan, slots[b], alone)
+                done = row.plan.took(slots[b], alone)
+                if done is not None:
+                    self._plans.remove(row.plan)
+                    finished.append((row.job, done))
                 continue
             old = row.session
             turn = turns(alone, [counts[i]], [old.max_chunks], old.options)[0]
@@ -414,23 +336,6 @@ class WorldBackend:
             self._sessions[_name(job)] = session
             finished.append((job, outcome))
         return finished
-
-    def _advance(self, plan: Imagination, slot: Slot, chunk: Chunk) -> list[Finished]:
-        plan.slot = slot
-        plan.chunks.append(chunk)
-        if len(plan.chunks) < plan.horizon:
-            return []
-        self._plans.remove(plan)
-
-        def stack(name: str) -> np.ndarray:
-            return np.concatenate([getattr(c, name).cpu().numpy() for c in plan.chunks])
-
-        arrays = {
-            "frames": stack("frames"),
-            "scalars": np.stack([stack(name).astype(np.float64) for name in IMAGINED], axis=1),
-        }
-        arrays |= {n: stack(n) for n in plan.job.request.args.get("want", ()) if n != "frames"}
-        return [(plan.job, Outcome({"horizon": plan.horizon}, arrays))]
 
     # ---- after it --------------------------------------------------------------------------------------------
     def _enter(self, job: Job, session: Session, action: Any = None) -> Outcome:
