@@ -57,7 +57,7 @@ def small_flow(latent_channels: int, patch_size: int = 2) -> FlowConfig:
 
 
 def pendulum() -> Recipe:
-    """Pendulum-v1 at 64 x 64 without its torque arrow; about three hours on 2 CPU cores."""
+    """Pendulum-v1 at 64 x 64 without its torque arrow; about two and a half hours on 2 CPU cores."""
     codec = pendulum_codec()
     flow = small_flow(codec.model.latent_channels)
     return Recipe(
