@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,8 @@ MOST_CHOICES = 4096
 MOST_DIMENSIONS = 6
 FIRST_CELLS = {1: 41, 2: 9, 3: 5, 4: 4, 5: 3, 6: 3}
 """Cells along each axis of a Box's first grid, by its dimensions."""
+TEMPERATURES = tuple(sorted(np.geomspace(0.25, 4.0, 33).tolist(), key=lambda t: abs(math.log(t))))
+"""Those that `fit_temperature` tries, the nearest to 1 first."""
 ROWS = 512
 """Candidates of one forward pass."""
 
@@ -104,6 +106,25 @@ class ActionPosterior:
         jitter = (rng.random((n, self.widths.shape[1])) - 0.5) * self.widths[picked]
         moved = np.clip(drawn + jitter.reshape(drawn.shape), self.space.low, self.space.high)
         return moved.astype(self.space.dtype)
+
+
+def covered(posterior: ActionPosterior, action: Any, level: float = 0.9) -> list[bool]:
+    """Whether the credible set at each of `TEMPERATURES` holds the action that was taken."""
+    return [posterior.tempered(t).contains(action, level) for t in TEMPERATURES]
+
+
+def fit_temperature(inside: Sequence[Sequence[bool]], level: float = 0.9) -> float:
+    """The one of `TEMPERATURES` at which credible sets of ``level`` hold nearest to that share of the actions taken.
+
+    ``inside``: `covered` of each of many posteriors. For `ActionPosterior.tempered`: a world that is less sure than it
+    might be has a temperature below 1.
+
+    Raises:
+        InputError: no posteriors.
+    """
+    if not len(inside):
+        raise InputError("no posteriors; a temperature is fitted to many, whose actions are known")
+    return TEMPERATURES[int(np.abs(np.mean(inside, axis=0) - level).argmin())]
 
 
 def infer_action(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from agents.action_inference import infer_action
+from agents.action_inference import ActionPosterior, covered, fit_temperature, infer_action
 from agents.actions import batch_of_one
 from agents.counterfactual import counterfactual
 from agents.evaluation.planning import episode_chunks
@@ -35,6 +35,8 @@ CHUNKS = (3, 12)
 DRAWS = 1
 """Noise draws of an inference: one is the exact posterior given the latent as the world saw it."""
 LEVEL = 0.9
+CALIBRATION_SEED = 500_000
+"""What is added to the seeds of clips on which the posterior's temperature is fitted."""
 FRESH = 4
 """Fresh samples of a chunk whose errors are averaged."""
 
@@ -51,20 +53,28 @@ def clip_seeds(config: TrialConfig) -> range:
 
 def evaluate_inference(world: WorldModel, config: TrialConfig, progress: Progress) -> Numbers:
     """The action of a held-out chunk read off its pixels. Box: mean absolute error of the posterior mean. Discrete:
-    how often the most probable action is the true one. Coverage of the 90 % credible sets.
+    how often the most probable action is the true one. Coverage of the 90 % credible sets: of the posterior as it is, and
+    at the temperature at which those of as many other clips cover 90 %.
     """
     env, made = real_env(world), camera(world)
     box = isinstance(env.action_space, spaces.Box)
 
-    def one(seed: int) -> Numbers:
+    def inferred(seed: int) -> tuple[ActionPosterior, Any]:
         walked = walk(env, made, seed, clip_length(seed))
-        true = walked.actions[-1]
-        posterior = infer_action(world, walked.before_last(world), walked.frames[-1], DRAWS)
+        return infer_action(world, walked.before_last(world), walked.frames[-1], DRAWS), walked.actions[-1]
+
+    others = [seed + CALIBRATION_SEED for seed in clip_seeds(config)]
+    inside = progress.each("calibration", others, lambda seed: covered(*inferred(seed), LEVEL), unit="clip")
+    temperature = fit_temperature(inside, LEVEL)
+
+    def one(seed: int) -> Numbers:
+        posterior, true = inferred(seed)
         guess = posterior.mean if box else posterior.map
         return {
             "true": np.asarray(true).tolist(),
             "guess": np.asarray(guess).tolist(),
             "covered": posterior.contains(true, LEVEL),
+            "covered_calibrated": posterior.tempered(temperature).contains(true, LEVEL),
         }
 
     parts = progress.each("action inference", clip_seeds(config), one, unit="clip")
@@ -74,6 +84,8 @@ def evaluate_inference(world: WorldModel, config: TrialConfig, progress: Progres
         "draws": DRAWS,
         "level": LEVEL,
         "coverage": mean_of([p["covered"] for p in parts], config),
+        "temperature": temperature,
+        "coverage_calibrated": mean_of([p["covered_calibrated"] for p in parts], config),
         "true": true.tolist(),
         "guess": guess.tolist(),
     }

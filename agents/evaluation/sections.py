@@ -87,7 +87,7 @@ SECTIONS: dict[str, Section] = {
         evaluate_inference,
         plot_inference,
         ("clips", "seed"),
-        ("mean_absolute_error", "accuracy", "coverage"),
+        ("mean_absolute_error", "accuracy", "coverage", "temperature", "coverage_calibrated"),
     ),
     "counterfactuals": Section(
         evaluate_counterfactuals,

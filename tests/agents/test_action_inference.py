@@ -7,7 +7,7 @@ import pytest
 from gymnasium import spaces
 
 from agents import infer_action, label_video, propose_actions
-from agents.action_inference import ActionPosterior, enumerate_actions
+from agents.action_inference import ActionPosterior, covered, enumerate_actions, fit_temperature
 from tests.toy import toy_world
 from worldmodel import InputError, WorldModel
 
@@ -130,6 +130,27 @@ def test_what_cannot_be_inferred(world: WorldModel) -> None:
         enumerate_actions(spaces.MultiDiscrete([100, 100]))
     with pytest.raises(InputError, match="cannot infer"):
         enumerate_actions(spaces.Text(3))
+
+
+def test_the_temperature_makes_credible_sets_cover_what_they_say() -> None:
+    """Posteriors twice as wide as the actions are spread cover too much; a quarter of the temperature puts that right."""
+    rng, space = np.random.default_rng(0), spaces.Discrete(81)
+    cells, ones = np.arange(81), np.ones(81)
+    posteriors, actions = [], []
+    for centre in rng.uniform(30, 50, 400):
+        nats = -np.square(cells - centre) / (2 * 8.0**2)
+        p = np.exp(nats) / np.exp(nats).sum()
+        posteriors.append(ActionPosterior(space, cells, p, nats, ones))
+        actions.append(round(rng.normal(centre, 4.0)))
+    assert np.mean([p.contains(a) for p, a in zip(posteriors, actions, strict=True)]) > 0.97
+    temperature = fit_temperature([covered(*pair) for pair in zip(posteriors[:200], actions, strict=False)])
+    assert 0.25 <= temperature < 0.4
+    fresh = [
+        p.tempered(temperature).contains(a) for p, a in zip(posteriors[200:], actions[200:], strict=True)
+    ]
+    assert 0.84 < np.mean(fresh) < 0.96
+    with pytest.raises(InputError, match="no posteriors"):
+        fit_temperature([])
 
 
 def test_a_tempered_posterior_is_wider(world: WorldModel) -> None:
