@@ -248,7 +248,7 @@ def throughput(url: str, world: str, clients: int, rounds: int, each: int) -> di
 
 
 def serving(
-    world: str = "pendulum", seconds: float = 4.0, rounds: int = 5, clients: Sequence[int] = CLIENTS
+    world: str = "pendulum", seconds: float = 4.0, rounds: int = 11, clients: Sequence[int] = CLIENTS
 ) -> dict[str, Any]:
     """All of it.
 

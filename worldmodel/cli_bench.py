@@ -70,7 +70,7 @@ def steps(
 def serving(
     world: World = "pendulum",
     seconds: Annotated[float, typer.Option(help="Measured for each size, direction and security.")] = 4.0,
-    rounds: Annotated[int, typer.Option(help="Alternations of served, batched and alone.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Alternations of served, batched and alone.")] = 11,
     as_json: AsJson = False,
 ) -> None:
     """Round trips of a null model against a bare socket, and steps a second of many clients against a local batch."""
