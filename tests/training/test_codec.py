@@ -139,6 +139,35 @@ def test_pairs_are_one_frame_apart_and_a_function_of_the_rng(data: Path) -> None
     assert all(torch.equal(still[:, 0], still[:, i]) for i in range(4))
 
 
+def test_chunks_in_which_more_moves_are_drawn_more_often(data: Path) -> None:
+    stage = CodecStage(
+        replace(TINY, batch=400, still=0.0, motion=0.5), EpisodeDataset.open(data).split("train")
+    )
+    rng = np.random.default_rng(0)
+
+    def change(frames: torch.Tensor) -> float:
+        return float((frames[:, 1:].int() - frames[:, :-1].int()).abs().float().mean())
+
+    mixed, even = stage.pairs(rng), CodecStage(replace(stage.config, motion=0.0), stage.split).pairs(rng)
+    assert change(mixed[100:200]) > 1.1 * change(
+        mixed[:100]
+    )  # the second half of each half is drawn by motion
+    assert change(mixed[:100]) == pytest.approx(change(even), rel=0.2)
+    with pytest.raises(ConfigError, match="motion is -1"):
+        replace(TINY, motion=-1.0)
+
+
+def test_a_run_begins_with_the_codec_it_is_given(data: Path, tmp_path: Path) -> None:
+    train_codec(TINY, data, tmp_path / "first")
+    short = replace(TINY, loop=replace(TINY.loop, steps=1, lr=1e-6))
+    train_codec(short, data, tmp_path / "second", load_trained_codec(tmp_path / "first"))
+    first, second = (dict(load_trained_codec(tmp_path / n).named_parameters()) for n in ("first", "second"))
+    assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)
+    other = replace(TINY, model=replace(TINY.model, latent_channels=3))
+    with pytest.raises(ConfigError, match="codec to start with"):
+        train_codec(other, data, tmp_path / "third", load_trained_codec(tmp_path / "first"))
+
+
 def test_what_does_not_fit_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="change the codec's configuration"):
         train_codec(pendulum_codec(), data, tmp_path)

@@ -25,7 +25,7 @@ from worldmodel.training.flow import FlowStage, FlowTraining, HeadsTraining, Lat
 from worldmodel.training.loop import LoopConfig
 from worldmodel.training.measure import EvaluateConfig, interval, psnr, r_squared, ssim
 from worldmodel.training.probes import pendulum_angle, pendulum_perturbed, pendulum_true_angle, wrap
-from worldmodel.training.recipes import RECIPES, Recipe, load_recipe
+from worldmodel.training.recipes import RECIPES, Recipe, Round, load_recipe
 from worldmodel.world import WorldModel
 
 FLOW = FlowConfig(
@@ -49,6 +49,10 @@ FLOW = FlowConfig(
 def small_recipe(steps: int = 3) -> Recipe:
     loop = LoopConfig(steps=steps, warmup=1, lr=1e-3)
     flow = FlowTraining(FLOW, loop, batch=4, length=5, threads=1, compiled=False)
+    moving = replace(flow, loop=replace(loop, optimizer="muon", seed=1), motion=0.5)
+    blocks = (0, 0, 0)
+    model = ConvCodecConfig(32, 32, 4, 4, 4, (8, 8, 16), blocks, blocks)
+    codec = CodecTraining(model, loop, batch=8, threads=1)
     return Recipe(
         name="small",
         collect=CollectConfig(
@@ -61,21 +65,9 @@ def small_recipe(steps: int = 3) -> Recipe:
             hide=("last_u",),
             workers=1,
         ),
-        codec=CodecTraining(
-            model=ConvCodecConfig(
-                height=32,
-                width=32,
-                latent_channels=4,
-                widths=(8, 8, 16),
-                encoder_blocks=(0, 0, 0),
-                decoder_blocks=(0, 0, 0),
-            ),
-            loop=loop,
-            batch=8,
-            threads=1,
-        ),
+        codec=codec,
         flow=flow,
-        refine=replace(flow, loop=replace(loop, optimizer="muon", seed=1), motion=0.5),
+        further=(Round(moving), Round(moving, replace(codec, smoothness=0.1, motion=0.5))),
         heads=HeadsTraining(loop, width=16, batch=16),
         starts=3,
         start_chunks=2,
@@ -106,14 +98,33 @@ def test_world_json_holds_the_recipe(made: tuple[Recipe, Path]) -> None:
     assert spec.environment["env"] == "Pendulum-v1"
 
 
-def test_refining_begins_with_the_first_training(made: tuple[Recipe, Path]) -> None:
-    """Three steps away from its weights, and not from fresh ones; the world holds what came of it."""
-    first, second = (load_tensors(made[1] / "run" / d / "checkpoint.safetensors") for d in ("flow", "refine"))
-    name = "flow.deep.transformer.layers.0.mlp.up.weight"
-    moved = (second[f"average.{name}"] - first[f"average.{name}"]).abs().max()
-    assert 0 < moved < 0.01
-    kept = load_tensors(made[1] / "world" / "flow.safetensors")[name]
-    assert torch.equal(kept, second[f"average.{name}"].to(kept.dtype))
+def test_further_rounds_begin_with_the_weights_before_them(made: tuple[Recipe, Path]) -> None:
+    """A few steps away from them, and not from fresh ones; the world holds what came of the last."""
+    run = made[1] / "run"
+    flow, codec = "flow.deep.transformer.layers.0.mlp.up.weight", "encoder.1.weight"
+    first, second, third = (
+        load_tensors(run / d / "flow" / "checkpoint.safetensors")[f"average.{flow}"]
+        for d in ("", "further1", "further2")
+    )
+    for before, after in ((first, second), (second, third)):
+        assert 0 < (after - before).abs().max() < 0.01
+    kept = load_tensors(made[1] / "world" / "flow.safetensors")[flow]
+    assert torch.equal(kept, third.to(kept.dtype))
+    coarse, fine = (
+        load_tensors(run / d / "codec" / "codec.safetensors")[codec].float() for d in ("", "further2")
+    )
+    assert 0 < (fine - coarse).abs().max() < 0.01 and not (run / "further1" / "codec").exists()
+    kept = load_tensors(made[1] / "world" / "codec.safetensors")[codec]
+    assert torch.equal(kept, fine.to(kept.dtype))
+
+
+def test_a_round_of_another_shape_is_refused() -> None:
+    recipe = small_recipe()
+    wider = replace(recipe.codec, model=replace(recipe.codec.model, widths=(8, 8, 24)))
+    with pytest.raises(ConfigError, match="further round 1: codec.model"):
+        replace(recipe, further=(Round(recipe.flow, wider),))
+    with pytest.raises(ConfigError, match="further round 2: flow.model or harmonics"):
+        replace(recipe, further=(Round(recipe.flow), Round(replace(recipe.flow, harmonics=5))))
 
 
 def test_windows_in_which_more_moves_are_drawn_more_often() -> None:

@@ -56,7 +56,8 @@ class CodecTraining:
     of the noise on the standardised latents, drawn anew for each chunk. smoothness: weight of the squared
     distance that the latent moves in one frame. moving: weight of a second error term, over the pixels that move within
     a pair of chunks, for what is small in the picture. still: share of chunks that show one frame F times, as an
-    environment that starts from an image does. bf16: autocast to bfloat16. threads: of the processor.
+    environment that starts from an image does. motion: share of chunks drawn in proportion to how much their pixels
+    change, the others evenly. bf16: autocast to bfloat16. threads: of the processor.
     """
 
     model: ConvCodecConfig = ConvCodecConfig()
@@ -66,6 +67,7 @@ class CodecTraining:
     smoothness: float = 1.0
     moving: float = 0.0
     still: float = 0.04
+    motion: float = 0.0
     bf16: bool = True
     threads: int = 2
 
@@ -73,6 +75,8 @@ class CodecTraining:
         """Raises ConfigError for values that cannot be used."""
         if self.batch < 2 or self.batch % 2:
             raise ConfigError(f"batch must be even and at least 2, got {self.batch}")
+        if not 0 <= self.motion <= 1:
+            raise ConfigError(f"motion is {self.motion}, expected a share of 0 to 1")
 
 
 def pendulum_codec(minutes: float = 14.5) -> CodecTraining:
@@ -98,11 +102,17 @@ class CodecStage:
     background.
     """
 
-    def __init__(self, config: CodecTraining, split: EpisodeSplit) -> None:
+    def __init__(self, config: CodecTraining, split: EpisodeSplit, start: ConvCodec | None = None) -> None:
+        """``start``: a codec whose weights the run begins with, instead of random ones."""
         torch.manual_seed(config.loop.seed)
         self.config, self.split = config, split
-        self.codec = fast_layout(ConvCodec(config.model))
-        self.codec.background.copy_(median_background(split))
+        self.codec = ConvCodec(config.model)
+        if start is not None:
+            self.codec.load_state_dict(start.state_dict())
+        fast_layout(self.codec)
+        self.codec.background.copy_(median_background(split) if start is None else start.background)
+        self.places = places(split, config.model.frames)
+        self.moving = pixel_motion(split, self.places, config.model.frames) if config.motion else None
 
     @property
     def module(self) -> nn.Module:
@@ -113,9 +123,8 @@ class CodecStage:
         """(B, F, height, width, 3) uint8: B/2 chunks at any frame, then the same one frame later."""
         size, half = self.config.model.frames, self.config.batch // 2
         first, second = [], []
-        for index in rng.choice(np.array(self.split.indices), size=half):
-            frames = self.split.episode(int(index)).frames
-            start = int(rng.integers(len(frames) - size))
+        for index, start in self._places(rng, half):
+            frames = self.split.episode(index).frames
             if rng.random() < self.config.still:
                 first.append(np.repeat(frames[start : start + 1], size, axis=0))
                 second.append(np.repeat(frames[start + 1 : start + 2], size, axis=0))
@@ -123,6 +132,14 @@ class CodecStage:
                 first.append(frames[start : start + size])
                 second.append(frames[start + 1 : start + 1 + size])
         return torch.from_numpy(np.stack(first + second))
+
+    def _places(self, rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
+        """Where ``count`` pairs start: (episode, frame)."""
+        chosen = rng.integers(len(self.places), size=count)
+        if self.moving is not None:
+            drawn = round(count * self.config.motion)
+            chosen[count - drawn :] = rng.choice(len(self.places), size=drawn, p=self.moving)
+        return [(int(index), int(start)) for index, start in self.places[chosen]]
 
     def backward(
         self, rng: np.random.Generator, generator: torch.Generator, progress: float
@@ -150,6 +167,23 @@ class CodecStage:
         loss.backward()
         psnr = 10 * torch.log10((255 / 128) ** 2 / square.detach())
         return {"loss": loss.detach(), "psnr": psnr, "motion": motion.detach()}
+
+
+def places(split: EpisodeSplit, size: int) -> np.ndarray:
+    """(episode, frame) (N, 2) at which a chunk of ``size`` frames and the one a frame later may start."""
+    each = [(index, len(split.episode(index).frames) - size) for index in split.indices]
+    return np.concatenate([np.stack([np.full(n, index), np.arange(n)], axis=1) for index, n in each])
+
+
+def pixel_motion(split: EpisodeSplit, places: np.ndarray, size: int) -> np.ndarray:
+    """What share (N,) of all change the chunk of ``size`` frames at each place holds: mean absolute differences."""
+    shares = []
+    for index in tqdm(split.indices, desc="motion", leave=False, delay=2):
+        frames = split.episode(index).frames[:, ::2, ::2].astype(np.int16)
+        total = np.concatenate(([0.0], np.abs(frames[1:] - frames[:-1]).mean(axis=(1, 2, 3)).cumsum()))
+        shares.append(total[size:] - total[: len(total) - size])
+    held = np.concatenate(shares)[: len(places)] + 1e-6
+    return np.asarray(held / held.sum())
 
 
 def moving_pixels(x: Tensor) -> Tensor:
@@ -185,13 +219,15 @@ def chunk_batches(split: EpisodeSplit, description: str, episodes: int | None = 
 
 
 @torch.no_grad()
-def standardise(codec: ConvCodec, split: EpisodeSplit, episodes: int = 200) -> None:
-    """Set the codec's latent mean (by element) and deviation (by channel) from some episodes' chunks."""
+def standardise(stage: CodecStage, batches: int = 200) -> None:
+    """Set the codec's latent mean (by element) and deviation (by channel) from batches like those of its training,
+    which are standardised one by one.
+    """
+    codec, rng = stage.codec, np.random.default_rng((stage.config.loop.seed, 2**31))
     codec.latent_mean.zero_()
     codec.latent_std.fill_(1.0)
-    latents = torch.cat(
-        [codec.encode(chunks, {})[0] for chunks in chunk_batches(split, "standardise", episodes)]
-    )
+    drawn = tqdm(range(batches), desc="standardise", leave=False, delay=2)
+    latents = torch.cat([codec.encode(stage.pairs(rng), {})[0] for _ in drawn])
     codec.latent_mean.copy_(latents.mean(dim=(0, 1)))
     deviation = (latents - codec.latent_mean).square().mean(dim=(0, 1, 3, 4)).sqrt()
     codec.latent_std.copy_(deviation[:, None, None])
@@ -231,8 +267,12 @@ def _psnr(square_error: Tensor) -> Tensor:
     return 10 * torch.log10(255.0**2 / square_error.clamp_min(255.0**2 / 1e10))
 
 
-def train_codec(config: CodecTraining, data: Path, folder: Path) -> dict[str, Any]:
+def train_codec(
+    config: CodecTraining, data: Path, folder: Path, start: ConvCodec | None = None
+) -> dict[str, Any]:
     """Train on the train split of the dataset in ``data``, continuing what is in ``folder``; export, measure.
+
+    ``start``: a codec of the same configuration whose weights a fresh run begins with.
 
     Writes ``codec.safetensors`` (float16 weights) and ``codec.json`` (configuration, and quality on the
     test split of the weights as written); returns the content of the latter.
@@ -248,14 +288,16 @@ def train_codec(config: CodecTraining, data: Path, folder: Path) -> dict[str, An
             f"{data} has chunks of {dataset.frame_skip} frames of {dataset.frame_size} pixels, the codec for "
             f"{model.frames} of {(model.height, model.width)}; change the codec's configuration"
         )
+    if start is not None and start.config != model:
+        raise ConfigError(f"the codec to start with has {start.config}, expected the recipe's {model}")
     torch.set_num_threads(config.threads)
     train = dataset.split("train")
-    stage = CodecStage(config, train)
+    stage = CodecStage(config, train, start)
     run = Run(stage, config.loop, folder)
     run.fit("codec")
     codec = stage.codec.requires_grad_(False).eval()
     round_to_half(codec)
-    standardise(codec, train)
+    standardise(stage)
     save_codec(folder / "codec.safetensors", codec)
     shipped = load_codec(folder / "codec.safetensors", model)
     report = {

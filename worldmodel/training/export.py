@@ -24,6 +24,7 @@ from worldmodel.training.recipes import Recipe
 from worldmodel.world import WorldModel
 
 STAGES = ("codec", "flow", "heads")
+LATENTS = "latents.safetensors"
 
 
 def train_world(
@@ -31,6 +32,7 @@ def train_world(
 ) -> WorldModel | None:
     """Train codec, flow and heads in that order, up to ``until``, and export; what is finished is not trained again.
 
+    The first round lies in ``run``/codec and ``run``/flow, the further ones in ``run``/further1 and so on.
     Several ranks train the flow together; the first does the rest alone.
 
     Returns the world, or None where ``until`` ends before the heads, and on every rank but the first.
@@ -41,43 +43,55 @@ def train_world(
     if until not in STAGES:
         raise ConfigError(f"no stage {until!r}; choose from {', '.join(STAGES)}")
     dataset = EpisodeDataset.open(data)
-    cache = run / "codec" / "latents.safetensors"
+    folders = [run, *(run / f"further{number}" for number in range(1, len(recipe.rounds)))]
+    codecs: list[Path] = []  # the folder of each round's
+    for each, folder in zip(recipe.rounds, folders, strict=True):
+        codecs.append(folder / "codec" if each.codec is not None else codecs[-1])
     if ranks.first:
-        if not (run / "codec" / "codec.json").is_file():
-            train_codec(recipe.codec, data, run / "codec")
-        if until != "codec" and not cache.is_file():
-            encode_dataset(load_trained_codec(run / "codec"), dataset, cache)
+        _train_codecs(recipe, data, codecs)
+        for folder in codecs if until != "codec" else ():
+            if not (folder / LATENTS).is_file():
+                encode_dataset(load_trained_codec(folder), dataset, folder / LATENTS)
     ranks.wait()
     if until == "codec":
         return None
-    episodes = load_latents(cache)
-    train = [episodes[i] for i in split_indices(len(episodes), "train")]
-    latents = Latents.of(train, dataset.action_space)
-    parts, made = train_flow(recipe.flow, latents, run / "flow", ranks)
-    steps = made.step
-    if recipe.refine is not None:
-        parts, made = train_flow(recipe.refine, latents, run / "refine", ranks, parts.state_dict())
-        steps += made.step
+    before, steps = None, 0
+    for each, folder, codec in zip(recipe.rounds, folders, codecs, strict=True):
+        episodes = load_latents(codec / LATENTS)
+        train = [episodes[i] for i in split_indices(len(episodes), "train")]
+        latents = Latents.of(train, dataset.action_space)
+        parts, made = train_flow(each.flow, latents, folder / "flow", ranks, before)
+        before, steps = parts.state_dict(), steps + made.step
     if until == "flow" or not ranks.first:
         return None
     heads, _ = train_heads(recipe.heads, latents, run / "heads")
-    export_world(recipe, dataset, len(train), run, out, parts, heads, steps)
+    export_world(recipe, dataset, len(train), codecs[-1], out, parts, heads, steps)
     return WorldModel.load(out)
+
+
+def _train_codecs(recipe: Recipe, data: Path, folders: list[Path]) -> None:
+    """Train each round's codec in its folder, from the weights of the one before."""
+    before = None
+    for each, folder in zip(recipe.rounds, folders, strict=True):
+        if each.codec is not None:
+            if not (folder / "codec.json").is_file():
+                train_codec(each.codec, data, folder, before)
+            before = load_trained_codec(folder)
 
 
 def export_world(
     recipe: Recipe,
     dataset: EpisodeDataset,
     trained_on: int,
-    run: Path,
+    codec_folder: Path,
     out: Path,
     parts: nn.ModuleDict,
     heads: Heads,
     steps: int,
 ) -> None:
     """Write the world directory: float16 weights, a bank of starts from validation episodes, and the model card."""
-    codec = load_trained_codec(run / "codec")
-    report = read_json(run / "codec" / "codec.json")
+    codec = load_trained_codec(codec_folder)
+    report = read_json(codec_folder / "codec.json")
     flow = parts["flow"]
     assert isinstance(flow, Flow)
     packed = packed_size(dataset.action_space)
