@@ -97,9 +97,9 @@ def pendulum() -> Recipe:
     )
     finer = replace(
         codec,
-        loop=LoopConfig(steps=30_000, minutes=40.0, lr=1.5e-3, warmup=200),
-        noise=0.1,
-        smoothness=0.2,
+        loop=LoopConfig(steps=30_000, minutes=34.0, lr=2e-3, warmup=100),
+        noise=0.3,
+        smoothness=0.03,
         motion=0.5,
     )
     return Recipe(
