@@ -1,6 +1,6 @@
 """What users of a world reach for, on the public API only: planners, inference, counterfactuals, an anomaly monitor."""
 
-from agents.action_inference import ActionPosterior, covered, fit_temperature, infer_action, label_video
+from agents.action_inference import ActionPosterior, fit_temperature, infer_action, label_video
 from agents.anomaly.calibration import MonitorConfig
 from agents.anomaly.channels import Clip, episode_clip
 from agents.anomaly.env import MonitoredEnv
@@ -50,7 +50,6 @@ __all__ = [
     "draw_plan",
     "episode_clip",
     "imagine",
-    "covered",
     "fit_temperature",
     "infer_action",
     "label_video",

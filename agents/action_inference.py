@@ -97,6 +97,10 @@ class ActionPosterior:
         p = _normalised(self.log_likelihood / temperature, self.actions, self.volume, None)
         return replace(self, probabilities=p)
 
+    def contains_tempered(self, action: Any, level: float = 0.9) -> list[bool]:
+        """Whether the credible set holds this action at each of `TEMPERATURES`; what `fit_temperature` takes."""
+        return [self.tempered(temperature).contains(action, level) for temperature in TEMPERATURES]
+
     def sample(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """(n, ...) actions; within a Box's cell, uniformly."""
         picked = rng.choice(len(self.actions), size=n, p=self.probabilities)
@@ -108,15 +112,10 @@ class ActionPosterior:
         return moved.astype(self.space.dtype)
 
 
-def covered(posterior: ActionPosterior, action: Any, level: float = 0.9) -> list[bool]:
-    """Whether the credible set at each of `TEMPERATURES` holds the action that was taken."""
-    return [posterior.tempered(t).contains(action, level) for t in TEMPERATURES]
-
-
 def fit_temperature(inside: Sequence[Sequence[bool]], level: float = 0.9) -> float:
     """The one of `TEMPERATURES` at which credible sets of ``level`` hold nearest to that share of the actions taken.
 
-    ``inside``: `covered` of each of many posteriors. For `ActionPosterior.tempered`: a world that is less sure than it
+    ``inside``: `ActionPosterior.contains_tempered` of each of many posteriors. For `ActionPosterior.tempered`: a world that is less sure than it
     might be has a temperature below 1.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from agents.action_inference import ActionPosterior, covered, fit_temperature, infer_action
+from agents.action_inference import ActionPosterior, fit_temperature, infer_action
 from agents.actions import batch_of_one
 from agents.counterfactual import counterfactual
 from agents.evaluation.planning import episode_chunks
@@ -64,7 +64,12 @@ def evaluate_inference(world: WorldModel, config: TrialConfig, progress: Progres
         return infer_action(world, walked.before_last(world), walked.frames[-1], DRAWS), walked.actions[-1]
 
     others = [seed + CALIBRATION_SEED for seed in clip_seeds(config)]
-    inside = progress.each("calibration", others, lambda seed: covered(*inferred(seed), LEVEL), unit="clip")
+
+    def tempered(seed: int) -> list[bool]:
+        posterior, true = inferred(seed)
+        return posterior.contains_tempered(true, LEVEL)
+
+    inside = progress.each("calibration", others, tempered, unit="clip")
     temperature = fit_temperature(inside, LEVEL)
 
     def one(seed: int) -> Numbers:

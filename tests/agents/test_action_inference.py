@@ -7,7 +7,7 @@ import pytest
 from gymnasium import spaces
 
 from agents import infer_action, label_video, propose_actions
-from agents.action_inference import ActionPosterior, covered, enumerate_actions, fit_temperature
+from agents.action_inference import ActionPosterior, enumerate_actions, fit_temperature
 from tests.toy import toy_world
 from worldmodel import InputError, WorldModel
 
@@ -143,7 +143,9 @@ def test_the_temperature_makes_credible_sets_cover_what_they_say() -> None:
         posteriors.append(ActionPosterior(space, cells, p, nats, ones))
         actions.append(round(rng.normal(centre, 4.0)))
     assert np.mean([p.contains(a) for p, a in zip(posteriors, actions, strict=True)]) > 0.97
-    temperature = fit_temperature([covered(*pair) for pair in zip(posteriors[:200], actions, strict=False)])
+    temperature = fit_temperature(
+        [p.contains_tempered(a) for p, a in zip(posteriors[:200], actions, strict=False)]
+    )
     assert 0.25 <= temperature < 0.4
     fresh = [
         p.tempered(temperature).contains(a) for p, a in zip(posteriors[200:], actions[200:], strict=True)
