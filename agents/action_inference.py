@@ -115,8 +115,8 @@ class ActionPosterior:
 def fit_temperature(inside: Sequence[Sequence[bool]], level: float = 0.9) -> float:
     """The one of `TEMPERATURES` at which credible sets of ``level`` hold nearest to that share of the actions taken.
 
-    ``inside``: `ActionPosterior.contains_tempered` of each of many posteriors. For `ActionPosterior.tempered`: a world that is less sure than it
-    might be has a temperature below 1.
+    ``inside``: `ActionPosterior.contains_tempered` of each of many posteriors. For `ActionPosterior.tempered`: a world
+    that is less sure than it might be has a temperature below 1.
 
     Raises:
         InputError: no posteriors.
