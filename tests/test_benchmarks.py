@@ -174,7 +174,7 @@ def test_the_command_finds_its_own_benchmarks(tmp_path: Path) -> None:
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "theirs.py").write_text("")
     root = str(Path(__file__).parents[1])
-    command = [sys.executable, "-m", "worldmodel", "bench", "--only", "nothing"]
+    command = [sys.executable, "-m", "worldmodel", "bench", "--only", "deep,nothing"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), root))}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "no section 'nothing'; expected one of: batch" in done.stderr

@@ -18,7 +18,7 @@ Quick = Annotated[
     bool, typer.Option("--quick", help="A minute or two: fewer batches, fewer repeats, no large shapes.")
 ]
 Sections = Annotated[
-    list[str] | None, typer.Option("--only", help="A section by name; may be given several times.")
+    list[str] | None, typer.Option("--only", help="Sections, with commas between or given several times.")
 ]
 Threads = Annotated[int, typer.Option(help="Threads of torch; one is fastest for small batches.")]
 Device = Annotated[str, typer.Option(help="Where the weights are: cpu or cuda.")]
@@ -63,7 +63,8 @@ def steps(
     _checkout()
     from benchmarks.report import Options, run
 
-    run(Options(world, quick, tuple(only or ()), threads, device, as_json))
+    sections = tuple(name for text in only or () for name in text.split(",") if name)
+    run(Options(world, quick, sections, threads, device, as_json))
 
 
 @bench.command()
