@@ -112,7 +112,7 @@ class CodecStage:
         fast_layout(self.codec)
         self.codec.background.copy_(median_background(split) if start is None else start.background)
         self.places = places(split, config.model.frames)
-        self.moving = pixel_motion(split, self.places, config.model.frames) if config.motion else None
+        self.moving = pixel_motion(split, config.model.frames) if config.motion else None
 
     @property
     def module(self) -> nn.Module:
@@ -175,14 +175,14 @@ def places(split: EpisodeSplit, size: int) -> np.ndarray:
     return np.concatenate([np.stack([np.full(n, index), np.arange(n)], axis=1) for index, n in each])
 
 
-def pixel_motion(split: EpisodeSplit, places: np.ndarray, size: int) -> np.ndarray:
-    """What share (N,) of all change the chunk of ``size`` frames at each place holds: mean absolute differences."""
+def pixel_motion(split: EpisodeSplit, size: int) -> np.ndarray:
+    """What share (N,) of all change a chunk of ``size`` frames and the frame after it hold, at each of `places`."""
     shares = []
     for index in tqdm(split.indices, desc="motion", leave=False, delay=2):
         frames = split.episode(index).frames[:, ::2, ::2].astype(np.int16)
         total = np.concatenate(([0.0], np.abs(frames[1:] - frames[:-1]).mean(axis=(1, 2, 3)).cumsum()))
         shares.append(total[size:] - total[: len(total) - size])
-    held = np.concatenate(shares)[: len(places)] + 1e-6
+    held = np.concatenate(shares) + 1e-6
     return np.asarray(held / held.sum())
 
 
@@ -220,8 +220,8 @@ def chunk_batches(split: EpisodeSplit, description: str, episodes: int | None = 
 
 @torch.no_grad()
 def standardise(stage: CodecStage, batches: int = 200) -> None:
-    """Set the codec's latent mean (by element) and deviation (by channel) from batches like those of its training,
-    which are standardised one by one.
+    """Set the codec's latent mean (by element) and deviation (by channel) from batches drawn as in its training,
+    where each batch is standardised by itself.
     """
     codec, rng = stage.codec, np.random.default_rng((stage.config.loop.seed, 2**31))
     codec.latent_mean.zero_()

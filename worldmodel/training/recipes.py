@@ -78,7 +78,7 @@ def small_flow(latent_channels: int, patch_size: int = 2) -> FlowConfig:
 
 
 def pendulum() -> Recipe:
-    """Pendulum-v1 at 64 x 64 without its torque arrow; about four and a half hours on 2 CPU cores.
+    """Pendulum-v1 at 64 x 64 without its torque arrow; a little over four hours on 2 CPU cores.
 
     Two thirds of the episodes soon stand still at the top: in the further rounds those that move are drawn more often. The
     last one's codec tells the angle through the flow's noise to 0.06 degrees instead of 0.3: the more noise it is trained
