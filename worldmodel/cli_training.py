@@ -27,25 +27,32 @@ def collect(
         list[str] | None, typer.Option(help="Attribute of the simulator to set to None while filming.")
     ] = None,
     frame_size: Annotated[int | None, typer.Option(help="Height and width of the frames in pixels.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the whole collection.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed; a recipe's further collections take the next.")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Processes.")] = 2,
 ) -> None:
-    """Collect episodes from a real environment that renders; lossless, resumable, documented in docs/episodes.md."""
+    """Collect episodes from a real environment that renders; lossless, resumable, documented in docs/episodes.md.
+
+    A recipe may collect again for a further round of training: into DIR/further1 and so on.
+    """
     from worldmodel.training.collect import CollectConfig, PolicyShare
     from worldmodel.training.collect import collect as run
     from worldmodel.training.recipes import RECIPES, load_recipe
 
     named = recipe in RECIPES or Path(recipe).is_file()
-    config = load_recipe(recipe).collect if named else CollectConfig(env=recipe)
-    changes: dict[str, Any] = {"episodes": episodes, "chunks": chunks, "seed": seed, "workers": workers}
+    name = load_recipe(recipe).name if named else recipe.replace("/", "-")
+    folder = out or Path("data") / name
+    todo = load_recipe(recipe).collections(folder) if named else {folder: CollectConfig(env=recipe)}
+    changes: dict[str, Any] = {"episodes": episodes, "chunks": chunks, "workers": workers}
     changes["hide"] = tuple(hide) if hide else None
     changes["frame_size"] = (frame_size, frame_size) if frame_size else None
     changes["policies"] = tuple(PolicyShare(*_share(p)) for p in policy) if policy else None
-    config = replace(config, **{k: v for k, v in changes.items() if v is not None})
-    name = load_recipe(recipe).name if named else recipe.replace("/", "-")
-    folder = out or Path("data") / name
-    run(config, folder)
-    print(f"{config.episodes} episodes in {folder}")
+    for number, (place, config) in enumerate(todo.items()):
+        changes["seed"] = None if seed is None else seed + number
+        config = replace(config, **{k: v for k, v in changes.items() if v is not None})
+        run(config, place)
+        print(f"{config.episodes} episodes in {place}")
 
 
 def _share(text: str) -> tuple[str, float]:

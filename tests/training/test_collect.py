@@ -16,7 +16,14 @@ import pytest
 from gymnasium import spaces
 
 from worldmodel.errors import ConfigError
-from worldmodel.training.collect import CollectConfig, PolicyShare, collect, collect_episode, pendulum
+from worldmodel.training.collect import (
+    CollectConfig,
+    PolicyShare,
+    collect,
+    collect_episode,
+    pendulum,
+    restless_pendulum,
+)
 from worldmodel.training.episodes import EpisodeDataset, episode_path
 from worldmodel.training.policies import POLICIES, make_policy
 
@@ -105,6 +112,19 @@ def test_the_shipped_recipe_shows_no_torque_and_covers_fast_and_upright() -> Non
     assert np.array_equal(collect_episode(shown, env, 0).observations, episodes[0].observations)
     assert np.abs([e.observations[0, 2] for e in episodes]).max() > 4
     assert {e.meta["policy"] for e in episodes} == {"random_held", "pendulum_swing"}
+
+
+def test_the_restless_pendulum_seldom_stays_where_it_is() -> None:
+    """Restless episodes turn by 45 degrees in 2 chunks, half of the time; swung-up ones stand at the top."""
+    turned = {}
+    for config in (pendulum(), restless_pendulum()):
+        swung = replace(config, policies=config.policies[1:], chunks=50)
+        env = gymnasium.make("Pendulum-v1", disable_env_checker=True, render_mode="rgb_array")
+        env.render = lambda: np.zeros((64, 64, 3), dtype=np.uint8)  # type: ignore[method-assign]
+        angles = [collect_episode(swung, env, i).observations[::4, :2] for i in range(30)]
+        cos = np.concatenate([(a[2:] * a[:-2]).sum(axis=1) for a in angles])
+        turned[config.seed] = np.degrees(np.median(np.arccos(np.clip(cos, -1, 1))))
+    assert turned[0] < 20 and turned[1] > 35
 
 
 def test_the_swing_policy_gets_upright() -> None:

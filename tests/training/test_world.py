@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from worldmodel.codec.conv import ConvCodecConfig
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.files import config_from_dict, config_to_dict, load_tensors
 from worldmodel.flow.flow import FlowConfig
-from worldmodel.training.codec import CodecTraining
+from worldmodel.training.codec import CodecTraining, load_latents
 from worldmodel.training.collect import CollectConfig, PolicyShare, collect
 from worldmodel.training.episodes import EpisodeDataset
 from worldmodel.training.evaluate import evaluate, held_out_clips, summary
@@ -53,21 +55,26 @@ def small_recipe(steps: int = 3) -> Recipe:
     blocks = (0, 0, 0)
     model = ConvCodecConfig(32, 32, 4, 4, 4, (8, 8, 16), blocks, blocks)
     codec = CodecTraining(model, loop, batch=8, threads=1)
+    collected = CollectConfig(
+        env="Pendulum-v1",
+        env_kwargs={},
+        episodes=20,
+        chunks=8,
+        frame_size=(32, 32),
+        policies=(PolicyShare("random_held"),),
+        hide=("last_u",),
+        workers=1,
+    )
     return Recipe(
         name="small",
-        collect=CollectConfig(
-            env="Pendulum-v1",
-            env_kwargs={},
-            episodes=20,
-            chunks=8,
-            frame_size=(32, 32),
-            policies=(PolicyShare("random_held"),),
-            hide=("last_u",),
-            workers=1,
-        ),
+        collect=collected,
         codec=codec,
         flow=flow,
-        further=(Round(moving), Round(moving, replace(codec, smoothness=0.1, motion=0.5))),
+        further=(
+            Round(moving),
+            Round(moving, replace(codec, smoothness=0.1, motion=0.5)),
+            Round(moving, collect=replace(collected, episodes=10, policies=(PolicyShare("random"),), seed=1)),
+        ),
         heads=HeadsTraining(loop, width=16, batch=16),
         starts=3,
         start_chunks=2,
@@ -77,7 +84,8 @@ def small_recipe(steps: int = 3) -> Recipe:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
     root, recipe = tmp_path_factory.mktemp("small"), small_recipe()
-    collect(recipe.collect, root / "data")
+    for folder, config in recipe.collections(root / "data").items():
+        collect(config, folder)
     assert train_world(recipe, root / "data", root / "run", root / "world", until="codec") is None
     world = train_world(recipe, root / "data", root / "run", root / "world")
     assert isinstance(world, WorldModel)
@@ -102,20 +110,38 @@ def test_further_rounds_begin_with_the_weights_before_them(made: tuple[Recipe, P
     """A few steps away from them, and not from fresh ones; the world holds what came of the last."""
     run = made[1] / "run"
     flow, codec = "flow.deep.transformer.layers.0.mlp.up.weight", "encoder.1.weight"
-    first, second, third = (
+    rounds = [
         load_tensors(run / d / "flow" / "checkpoint.safetensors")[f"average.{flow}"]
-        for d in ("", "further1", "further2")
-    )
-    for before, after in ((first, second), (second, third)):
+        for d in ("", "further1", "further2", "further3")
+    ]
+    for before, after in pairwise(rounds):
         assert 0 < (after - before).abs().max() < 0.01
     kept = load_tensors(made[1] / "world" / "flow.safetensors")[flow]
-    assert torch.equal(kept, third.to(kept.dtype))
+    assert torch.equal(kept, rounds[-1].to(kept.dtype))
     coarse, fine = (
         load_tensors(run / d / "codec" / "codec.safetensors")[codec].float() for d in ("", "further2")
     )
     assert 0 < (fine - coarse).abs().max() < 0.01 and not (run / "further1" / "codec").exists()
     kept = load_tensors(made[1] / "world" / "codec.safetensors")[codec]
     assert torch.equal(kept, fine.to(kept.dtype))
+
+
+def test_a_round_that_collects_is_trained_on_all_and_evaluated_like_the_newest(
+    made: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, root = made
+    spec = read_world(root / "world").spec
+    assert spec.provenance["training_episodes"] == 17 + 8  # of 20 and of 10
+    assert spec.environment["policies"] == [{"name": "random", "share": 1.0}]
+    encoded = root / "run" / "further2" / "codec"
+    assert [len(load_latents(encoded / f"latents{n}.safetensors")) for n in ("", 1)] == [20, 10]
+    assert not (root / "run" / "codec" / "latents1.safetensors").exists()
+    world = WorldModel.load(root / "world")
+    for folder, held_out in ((root / "data", 2), (root / "data" / "further3", 1)):
+        assert len(held_out_clips(EpisodeDataset.open(folder), world, 6, 99).frames) == held_out
+    shutil.copytree(root / "data", tmp_path / "data", ignore=shutil.ignore_patterns("further*"))
+    with pytest.raises(DataError, match="further3"):
+        train_world(recipe, tmp_path / "data", tmp_path / "run", tmp_path / "world")
 
 
 def test_a_round_of_another_shape_is_refused() -> None:
@@ -125,6 +151,12 @@ def test_a_round_of_another_shape_is_refused() -> None:
         replace(recipe, further=(Round(recipe.flow, wider),))
     with pytest.raises(ConfigError, match="further round 2: flow.model or harmonics"):
         replace(recipe, further=(Round(recipe.flow), Round(replace(recipe.flow, harmonics=5))))
+    with pytest.raises(ConfigError, match="further round 1: collect.frame_size"):
+        replace(
+            recipe, further=(Round(recipe.flow, collect=replace(recipe.collect, frame_size=(8, 8), seed=1)),)
+        )
+    with pytest.raises(ConfigError, match="further round 1: collect.seed 0 is taken"):
+        replace(recipe, further=(Round(recipe.flow, collect=recipe.collect),))
 
 
 def test_windows_in_which_more_moves_are_drawn_more_often() -> None:

@@ -30,15 +30,15 @@ def held_out_clips(
 ) -> Clips:
     """One clip of ``length`` chunks from each held-out episode that is long enough: from a random place, or its start.
 
-    Held out are the last tenth of the episodes that the world was trained on, whatever follows them in a longer
-    collection of the same seed, and all episodes of a collection of another seed or environment.
+    Held out are the last tenth of the episodes of any collection that the world was trained on, whatever follows them in
+    a longer collection of the same seed, and all episodes of a collection of another seed or environment.
 
     Raises:
         DataError: no held-out episode is that long.
     """
-    made, own = dataset.info["collect"], world.spec.environment
-    trained_on = all(made.get(key) == own.get(key) for key in ("env", "seed"))
-    first = split_indices(int(own["episodes"]), "test").start if trained_on else 0
+    made = dataset.info["collect"]
+    trained = [c for c in _collections(world) if all(made.get(key) == c.get(key) for key in ("env", "seed"))]
+    first = max((split_indices(int(c["episodes"]), "test").start for c in trained), default=0)
     indices = range(first, dataset.episodes)
     split = EpisodeSplit(indices, dataset.frame_skip, lru_cache(maxsize=4)(dataset.episode))
     rng = np.random.default_rng(0)
@@ -55,6 +55,13 @@ def held_out_clips(
     return Clips(
         **{name: np.concatenate([getattr(w, name) for w in windows]) for name in arrays}, policies=policies
     )
+
+
+def _collections(world: WorldModel) -> list[dict[str, Any]]:
+    """All that the episodes were collected with which the world was trained on: its newest, and its recipe's others."""
+    recipe = world.spec.provenance.get("recipe", {})
+    made = [world.spec.environment, *(each.get("collect") for each in (recipe, *recipe.get("further", ())))]
+    return [collect for collect in made if collect]
 
 
 def git_revision() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,27 @@ from worldmodel.training.episodes import EpisodeDataset, split_indices
 from worldmodel.training.evaluate import git_revision
 from worldmodel.training.flow import Latents, train_flow, train_heads
 from worldmodel.training.parallel import ALONE, Ranks
-from worldmodel.training.recipes import Recipe
+from worldmodel.training.recipes import Recipe, Round, round_folder
 from worldmodel.world import WorldModel
 
 STAGES = ("codec", "flow", "heads")
-LATENTS = "latents.safetensors"
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A round of a recipe with its folder, its codec's, and all episodes collected so far, the newest last."""
+
+    round: Round
+    folder: Path
+    codec: Path
+    datasets: tuple[EpisodeDataset, ...]
+
+    @property
+    def encoded(self) -> dict[Path, EpisodeDataset]:
+        """The datasets by the files of their latents, one beside the codec for each."""
+        return {
+            self.codec / f"latents{number or ''}.safetensors": d for number, d in enumerate(self.datasets)
+        }
 
 
 def train_world(
@@ -32,7 +49,7 @@ def train_world(
 ) -> WorldModel | None:
     """Train codec, flow and heads in that order, up to ``until``, and export; what is finished is not trained again.
 
-    The first round lies in ``run``/codec and ``run``/flow, the further ones in ``run``/further1 and so on.
+    A round lies in its `round_folder` of ``run``, as codec/ and flow/, and its episodes in that of ``data``.
     Several ranks train the flow together; the first does the rest alone.
 
     Returns the world, or None where ``until`` ends before the heads, and on every rank but the first.
@@ -42,41 +59,50 @@ def train_world(
     """
     if until not in STAGES:
         raise ConfigError(f"no stage {until!r}; choose from {', '.join(STAGES)}")
-    dataset = EpisodeDataset.open(data)
-    folders = [run, *(run / f"further{number}" for number in range(1, len(recipe.rounds)))]
-    codecs: list[Path] = []  # the folder of each round's
-    for each, folder in zip(recipe.rounds, folders, strict=True):
-        codecs.append(folder / "codec" if each.codec is not None else codecs[-1])
+    plan = _plan(recipe, data, run)
     if ranks.first:
-        _train_codecs(recipe, data, codecs)
-        for folder in codecs if until != "codec" else ():
-            if not (folder / LATENTS).is_file():
-                encode_dataset(load_trained_codec(folder), dataset, folder / LATENTS)
+        _train_codecs(plan)
+        for path, dataset in [item for p in plan for item in p.encoded.items()] if until != "codec" else ():
+            if not path.is_file():
+                encode_dataset(load_trained_codec(path.parent), dataset, path)
     ranks.wait()
     if until == "codec":
         return None
     before, steps = None, 0
-    for each, folder, codec in zip(recipe.rounds, folders, codecs, strict=True):
-        episodes = load_latents(codec / LATENTS)
-        train = [episodes[i] for i in split_indices(len(episodes), "train")]
-        latents = Latents.of(train, dataset.action_space)
-        parts, made = train_flow(each.flow, latents, folder / "flow", ranks, before)
+    for planned in plan:
+        train = []
+        for path in planned.encoded:
+            episodes = load_latents(path)
+            train += [episodes[i] for i in split_indices(len(episodes), "train")]
+        latents = Latents.of(train, planned.datasets[-1].action_space)
+        parts, made = train_flow(planned.round.flow, latents, planned.folder / "flow", ranks, before)
         before, steps = parts.state_dict(), steps + made.step
     if until == "flow" or not ranks.first:
         return None
     heads, _ = train_heads(recipe.heads, latents, run / "heads")
-    export_world(recipe, dataset, len(train), codecs[-1], out, parts, heads, steps)
+    export_world(recipe, planned.datasets[-1], len(train), planned.codec, out, parts, heads, steps)
     return WorldModel.load(out)
 
 
-def _train_codecs(recipe: Recipe, data: Path, folders: list[Path]) -> None:
-    """Train each round's codec in its folder, from the weights of the one before."""
+def _plan(recipe: Recipe, data: Path, run: Path) -> list[_Planned]:
+    plan, codec, datasets = [], run / "codec", ()
+    for number, each in enumerate(recipe.rounds):
+        folder = round_folder(run, number)
+        codec = folder / "codec" if each.codec is not None else codec
+        if each.collect is not None:
+            datasets += (EpisodeDataset.open(round_folder(data, number)),)
+        plan.append(_Planned(each, folder, codec, datasets))
+    return plan
+
+
+def _train_codecs(plan: list[_Planned]) -> None:
+    """Train each round's codec on the newest episodes, from the weights of the one before."""
     before = None
-    for each, folder in zip(recipe.rounds, folders, strict=True):
-        if each.codec is not None:
-            if not (folder / "codec.json").is_file():
-                train_codec(each.codec, data, folder, before)
-            before = load_trained_codec(folder)
+    for planned in plan:
+        if planned.round.codec is not None:
+            if not (planned.codec / "codec.json").is_file():
+                train_codec(planned.round.codec, planned.datasets[-1].folder, planned.codec, before)
+            before = load_trained_codec(planned.codec)
 
 
 def export_world(

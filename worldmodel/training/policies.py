@@ -41,11 +41,17 @@ def random_held(space: gymnasium.Space[Any], rng: np.random.Generator) -> Policy
 
 
 def pendulum_swing(space: gymnasium.Space[Any], rng: np.random.Generator) -> Policy:
-    """Pendulum-v1: pump energy until near upright, then balance; noise of a scale that varies by episode.
+    """Pendulum-v1: pump energy until near upright, then balance there, most of the time; noise varies by episode."""
+    return _pump_and_balance(float(rng.choice([0.05, 0.3, 0.8, 1.5])), rng)
 
-    The gains suit a torque held for 4 steps of 0.05 s.
-    """
-    scale = float(rng.choice([0.05, 0.3, 0.8, 1.5]))
+
+def pendulum_restless(space: gymnasium.Space[Any], rng: np.random.Generator) -> Policy:
+    """Pendulum-v1: as `pendulum_swing`, with so much noise that it seldom stays at the top."""
+    return _pump_and_balance(float(rng.choice([0.5, 1.0, 1.5, 2.5])), rng)
+
+
+def _pump_and_balance(scale: float, rng: np.random.Generator) -> Policy:
+    """scale: of the torque's noise, in N m. The gains suit a torque held for 4 steps of 0.05 s."""
 
     def act(env: gymnasium.Env[Any, Any]) -> np.ndarray:
         theta, speed = (float(x) for x in getattr(env.unwrapped, "state"))  # noqa: B009
@@ -92,6 +98,7 @@ POLICIES: dict[str, MakePolicy] = {
     "random": random,
     "random_held": random_held,
     "pendulum_swing": pendulum_swing,
+    "pendulum_restless": pendulum_restless,
     "lunar_lander": lunar_lander,
 }
 

@@ -11,7 +11,7 @@ from worldmodel.files import config_from_dict, read_json
 from worldmodel.flow.flow import FlowConfig
 from worldmodel.sampling import Sampling
 from worldmodel.training.codec import CodecTraining, lunarlander_codec, pendulum_codec
-from worldmodel.training.collect import CollectConfig
+from worldmodel.training.collect import CollectConfig, restless_pendulum
 from worldmodel.training.collect import lunarlander as lunarlander_collection
 from worldmodel.training.collect import pendulum as pendulum_collection
 from worldmodel.training.flow import FlowTraining, HeadsTraining
@@ -20,10 +20,15 @@ from worldmodel.training.loop import LoopConfig
 
 @dataclass(frozen=True)
 class Round:
-    """A further round of training: of the codec, where given, then of the flow; each begins with the weights before it."""
+    """A further round of training: of the codec, where given, then of the flow; each begins with the weights before it.
+
+    collect: episodes collected for this round. The flow learns from all that were collected so far, a codec from the
+    newest, and the world is evaluated on fresh ones like the newest.
+    """
 
     flow: FlowTraining
     codec: CodecTraining | None = None
+    collect: CollectConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -43,17 +48,40 @@ class Recipe:
     start_chunks: int = 3
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for rounds that cannot begin with the weights before them."""
+        """Raises ConfigError for rounds that cannot begin with the weights before them or whose episodes do not fit."""
+        seeds = {self.collect.seed}
         for number, each in enumerate(self.further, 1):
             if each.codec is not None and each.codec.model != self.codec.model:
                 raise ConfigError(f"further round {number}: codec.model differs from the recipe's")
             if (each.flow.model, each.flow.harmonics) != (self.flow.model, self.flow.harmonics):
                 raise ConfigError(f"further round {number}: flow.model or harmonics differ from the recipe's")
+            if each.collect is None:
+                continue
+            for name in ("env", "env_kwargs", "frame_skip", "frame_size"):
+                if getattr(each.collect, name) != getattr(self.collect, name):
+                    raise ConfigError(f"further round {number}: collect.{name} differs from the recipe's")
+            if each.collect.seed in seeds:
+                raise ConfigError(
+                    f"further round {number}: collect.seed {each.collect.seed} is taken, give another"
+                )
+            seeds.add(each.collect.seed)
 
     @property
     def rounds(self) -> tuple[Round, ...]:
         """All rounds of training in their order."""
-        return Round(self.flow, self.codec), *self.further
+        return Round(self.flow, self.codec, self.collect), *self.further
+
+    def collections(self, data: Path) -> dict[Path, CollectConfig]:
+        """What to collect, by folder: the first in ``data``, that of a further round in its `round_folder` there."""
+        rounds = enumerate(self.rounds)
+        return {
+            round_folder(data, number): each.collect for number, each in rounds if each.collect is not None
+        }
+
+
+def round_folder(root: Path, number: int) -> Path:
+    """Where round ``number`` of a recipe lies: ``root`` itself for the first (0), then ``root``/further1 and so on."""
+    return root / f"further{number}" if number else root
 
 
 def small_flow(latent_channels: int, patch_size: int = 2) -> FlowConfig:
@@ -78,11 +106,12 @@ def small_flow(latent_channels: int, patch_size: int = 2) -> FlowConfig:
 
 
 def pendulum() -> Recipe:
-    """Pendulum-v1 at 64 x 64 without its torque arrow; a little over four hours on 2 CPU cores.
+    """Pendulum-v1 at 64 x 64 without its torque arrow; five and three quarter hours on 2 CPU cores.
 
-    Two thirds of the episodes soon stand still at the top: in the further rounds those that move are drawn more often. The
-    last one's codec tells the angle through the flow's noise to 0.06 degrees instead of 0.3: the more noise it is trained
-    with, and the less smoothness is asked of it, the farther apart are the latents of states that differ little.
+    Two thirds of the first episodes soon stand still at the top: in the further rounds those that move are drawn more
+    often, and the last collects episodes that seldom stand still. The second codec tells the angle through the flow's noise
+    to 0.06 degrees instead of 0.3: the more noise it is trained with, and the less smoothness is asked of it, the farther
+    apart are the latents of states that differ little.
     """
     codec = pendulum_codec()
     flow = FlowTraining(
@@ -105,12 +134,13 @@ def pendulum() -> Recipe:
         motion=0.5,
     )
     again = replace(moving, loop=replace(moving.loop, minutes=72.0), noise_start=0.1)
+    last = replace(moving, loop=replace(moving.loop, minutes=92.0, seed=2))
     return Recipe(
         name="pendulum",
         collect=pendulum_collection(),
         codec=codec,
         flow=flow,
-        further=(Round(moving), Round(again, finer)),
+        further=(Round(moving), Round(again, finer), Round(last, collect=restless_pendulum())),
         sampling=Sampling(temperature=0.25),
     )
 
