@@ -85,13 +85,14 @@ def train_world(
 
 
 def _plan(recipe: Recipe, data: Path, run: Path) -> list[_Planned]:
-    plan, codec, datasets = [], run / "codec", ()
+    plan: list[_Planned] = []
+    codec, datasets = run / "codec", list[EpisodeDataset]()
     for number, each in enumerate(recipe.rounds):
         folder = round_folder(run, number)
         codec = folder / "codec" if each.codec is not None else codec
         if each.collect is not None:
-            datasets += (EpisodeDataset.open(round_folder(data, number)),)
-        plan.append(_Planned(each, folder, codec, datasets))
+            datasets.append(EpisodeDataset.open(round_folder(data, number)))
+        plan.append(_Planned(each, folder, codec, tuple(datasets)))
     return plan
 
 
