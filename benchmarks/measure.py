@@ -41,13 +41,20 @@ def seconds(call: Callable[..., Any], *args: Any) -> float:
     return clocked(call, *args)[0]
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int, label: str) -> dict[str, np.ndarray]:
-    """Seconds of ``repeats`` calls of each, taken in turns after one of each that is not counted."""
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, label: str, warm: bool = False
+) -> dict[str, np.ndarray]:
+    """Seconds of ``repeats`` calls of each, taken in turns after one of each that is not counted.
+
+    warm: before every counted call the same once uncounted, where a large call leaves nothing of a small one in the cache.
+    """
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in tqdm(range(repeats), desc=label, leave=False):
         for name, call in calls.items():
+            if warm:
+                call()
             times[name].append(seconds(call))
     return {name: np.array(t) for name, t in times.items()}
 

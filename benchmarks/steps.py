@@ -277,7 +277,9 @@ def planning(world: WorldModel, branches: Sequence[int], depth: int, repeats: in
             walk_on, _ = world.step(walk_on, action, decode=decode, action_gain=False)
 
     try:
-        times = interleaved({f"{n} {t}": partial(plan, n, t) for n, t in ways}, repeats, "planning")
+        times = interleaved(
+            {f"{n} {t}": partial(plan, n, t) for n, t in ways}, repeats, "planning", warm=True
+        )
     finally:
         torch.set_num_threads(before)
     rates = {(n, t): n * depth / float(np.median(times[f"{n} {t}"])) for n, t in ways}
