@@ -141,7 +141,7 @@ def pendulum() -> Recipe:
         codec=codec,
         flow=flow,
         further=(Round(moving), Round(again, finer), Round(last, collect=restless_pendulum())),
-        sampling=Sampling(temperature=0.25),
+        sampling=Sampling(temperature=0.1),
     )
 
 
