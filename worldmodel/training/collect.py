@@ -86,7 +86,7 @@ def pendulum() -> CollectConfig:
 
 
 def restless_pendulum() -> CollectConfig:
-    """900 more of it that seldom stand still: repeating the last chunk misses by about 24, 46 and 71 degrees after 1, 2
+    """900 more of it that seldom stand still: repeating the last chunk misses by about 24, 46 and 73 degrees after 1, 2
     and 5 chunks.
     """
     policies = (PolicyShare("random_held", 1.0), PolicyShare("pendulum_restless", 2.0))
