@@ -155,7 +155,7 @@ class EpisodeDataset:
         try:
             info = read_json(folder / "dataset.json")
         except CheckpointError as error:
-            raise DataError(f"{folder} is not a dataset: {error}") from error
+            raise DataError(f"{folder} is not a dataset ({error}); worldmodel collect makes one") from error
         if not isinstance(info, dict) or info.get("format_version") != FORMAT_VERSION:
             raise DataError(f"{folder}/dataset.json is not of format version {FORMAT_VERSION}; collect again")
         if not info["complete"]:
