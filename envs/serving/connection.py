@@ -32,17 +32,17 @@ from worldmodel.errors import InputError
 RETRY_AFTER = 2.0  # seconds without a reply after which a request is sent again
 HANDSHAKE = 1.5  # seconds from a TCP connection to the end of its handshake
 HIGH_WATER = 8  # requests under way at once; a vector environment opens a connection for so many slots
-_SURE = 3  # broken handshakes in a row; a server that is going down may break one
+_SURE = 3  # broken handshakes in a row; a server that is going down may break one, and a cut wire too
 _DONTWAIT, _MORE, _POLLIN = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE), int(zmq.POLLIN)
 _FULL = 0.005  # seconds until a socket that takes nothing is tried again
 _REFUSED = (
     "the handshake failed: a wrong server key, a client key that is not allowed (worldmodel keys allow), no keys for "
     "a server that asks for them, or no world server at all"
 )
+_HANDSHAKE_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 _HANDSHAKE_FAILED = (
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    _HANDSHAKE_REFUSED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL  # the latter also where the wire was cut meanwhile
 )
 _EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | _HANDSHAKE_FAILED
 
@@ -335,7 +335,7 @@ class Connection:
             for call in self._calls.values():
                 call.due = 0.0  # what went out over the old connection may be lost
         else:
-            if event != zmq.EVENT_DISCONNECTED:
+            if event & _HANDSHAKE_REFUSED:
                 self._refusals = _SURE
             elif self._shaking is not None:
                 self._refusals += 1

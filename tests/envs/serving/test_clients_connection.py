@@ -249,6 +249,17 @@ def test_a_server_that_never_shakes_hands_raises_within_two_seconds() -> None:
         connection.close()
 
 
+def test_a_wire_cut_during_the_handshake_is_no_refusal() -> None:
+    with scripted(echo) as (url, _), Proxy(url) as proxy:
+        proxy.hold_replies = True  # the server's greeting does not arrive: the handshake waits
+        connection = Connection(proxy.url)
+        time.sleep(0.2)
+        proxy.cut()
+        proxy.hold_replies = False
+        assert connection.ask("hello").error is None
+        connection.close()
+
+
 @pytest.mark.parametrize("url", ["http://x", "tcp://", "tcp://127.0.0.1", 7])
 def test_malformed_addresses(url: Any) -> None:
     with pytest.raises(InputError, match="expected tcp://host:port"):
