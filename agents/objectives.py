@@ -305,7 +305,7 @@ class TerminalValue(Objective):
             raise InputError(
                 f"world {world.spec.name} foresees no value; train its heads with a discount, or pass a function"
             )
-        return cls(lambda latents: heads.ahead(latents).value, heads.config.discount)
+        return cls(lambda latents: world.ahead(latents).value, heads.config.discount)
 
     def value(self, moment: Moment) -> Tensor:
         """See the class."""

@@ -10,7 +10,7 @@ from gymnasium import spaces
 from tests.toy import toy_world
 from worldmodel import InputError, WorldModel
 from worldmodel.errors import ConfigError
-from worldmodel.heads import Heads, HeadsConfig
+from worldmodel.heads import Eye, EyeConfig, Heads, HeadsConfig
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +54,69 @@ def test_a_discount_is_a_share() -> None:
     for bad in (0.0, 1.5, float(np.nan)):
         with pytest.raises(ConfigError, match="discount"):
             HeadsConfig(8, 2, discount=bad)
+
+
+EYE = EyeConfig(frames=4, channels=6, points=4)
+
+
+@pytest.fixture(scope="module")
+def watcher(tmp_path_factory: pytest.TempPathFactory) -> WorldModel:
+    folder = tmp_path_factory.mktemp("watcher") / "toy"
+    return toy_world(folder, spaces.Discrete(3), discount=0.9, eye=EYE)
+
+
+def test_an_eye_sees_the_same_with_and_without_the_pixels_asked_for(watcher: WorldModel) -> None:
+    """And alone what it sees in company."""
+    state, _ = watcher.reset([0, 1, 2])
+    action = np.array([0, 1, 2])
+    _, shown = watcher.step(state, action)
+    _, unseen = watcher.step(state, action, decode=False)
+    assert torch.equal(shown.reward, unseen.reward) and torch.equal(shown.termination, unseen.termination)
+    assert shown.reward.std() > 0 and unseen.frames.shape[1] == 0
+    _, alone = watcher.step(state.select([1]), action[1:2])
+    assert torch.equal(alone.reward, shown.reward[1:2])
+    both, one = watcher.ahead(shown.latent), watcher.ahead(shown.latent[1:2])
+    assert torch.equal(both.value[1:2], one.value) and torch.equal(both.prior[1:2], one.prior)
+
+
+def test_an_eye_reads_the_real_frames_that_are_observed(watcher: WorldModel) -> None:
+    assert watcher.heads is not None and watcher.heads.eye is not None
+    state, _ = watcher.reset([0])
+    frames = np.random.default_rng(0).integers(0, 256, (1, *watcher.frames_shape), dtype=np.uint8)
+    _, chunk = watcher.observe(state, frames, np.array([1]))
+    two = torch.from_numpy(frames).repeat(2, 1, 1, 1, 1)
+    packed = torch.tensor([[0.0, 1.0, 0.0]]).repeat(4, 1)
+    seen = watcher.heads.eye(two)[:1].repeat(4, 1)
+    expected = watcher.heads(state.latent.repeat(4, 1, 1, 1), seen, packed)
+    assert torch.equal(chunk.reward, expected.reward[:1])
+
+
+def test_an_eye_follows_what_moves() -> None:
+    """Before training, the points that are drawn to motion are far on the way to it, whatever the scenery."""
+    torch.manual_seed(0)
+    eye, rng = Eye(EyeConfig(frames=4, channels=8, points=8)), np.random.default_rng(0)
+    for row, column in ((10, 40), (50, 8)):
+        frames = np.repeat(rng.integers(0, 256, (1, 1, 64, 64, 3), dtype=np.uint8), 4, axis=1)
+        for k in range(4):
+            frames[0, k, row : row + 3, column + k : column + k + 3] = 128
+        with torch.no_grad():
+            places = eye(torch.from_numpy(frames)).view(8, -1)[1::2, :2]  # (row, column) in [-1, 1]
+        wanted = torch.tensor([row + 1.0, column + 2.0]) / 31.5 - 1.0
+        assert ((places - wanted).norm(dim=1) < 0.6 * wanted.norm()).all()
+
+
+def test_an_eye_of_other_chunks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="heads.eye looks at 5 frames, expected the codec's 4"):
+        toy_world(tmp_path / "toy", eye=EyeConfig(frames=5))
+    for bad in ({"frames": 1}, {"channels": 0}, {"points": 0}):
+        with pytest.raises(ConfigError):
+            EyeConfig(**bad)
+
+
+def test_a_world_without_heads_foresees_nothing(watcher: WorldModel, world: WorldModel) -> None:
+    bare = WorldModel(watcher.spec, watcher.flow, watcher.codec, watcher.actions, None, watcher.starts)
+    with pytest.raises(InputError, match="has no heads"):
+        bare.ahead(torch.zeros(1, *watcher.latent_shape))
+    state, _ = world.reset([0, 1])
+    assert world.heads is not None
+    assert torch.equal(world.ahead(state.latent).value, world.heads.ahead(state.latent).value)

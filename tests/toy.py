@@ -18,7 +18,7 @@ from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
 from worldmodel.condition.spaces import packed_size, prompt_key, space_to_json
 from worldmodel.condition.text import TextConfig
 from worldmodel.flow.flow import Flow, FlowConfig
-from worldmodel.heads import Heads, HeadsConfig
+from worldmodel.heads import EyeConfig, Heads, HeadsConfig
 from worldmodel.world import WorldModel
 
 FRAME = (32, 32)
@@ -100,6 +100,7 @@ def write_toy(
     seed: int = 0,
     frame: tuple[int, int] = FRAME,
     discount: float | None = None,
+    eye: EyeConfig | None = None,
     **overrides: object,
 ) -> Path:
     """A toy world directory with the given action space and frame size; one with prompts brings a tiny T5."""
@@ -120,7 +121,8 @@ def write_toy(
     cells = frame[0] // codec.spatial_stride, frame[1] // codec.spatial_stride
     packed = packed_size(space)
     actions = ActionEncoder(ActionEncoderConfig(packed, flow.config.action_features or 8)) if packed else None
-    heads = Heads(HeadsConfig(flow.config.in_channels * cells[0] * cells[1], packed, 16, discount))
+    size = flow.config.in_channels * cells[0] * cells[1]
+    heads = Heads(HeadsConfig(size, packed, 16, discount, eye))
     spec = WorldSpec(
         name="toy",
         frame_size=frame,

@@ -85,10 +85,17 @@ class WorldSpec:
     format: int = WORLD_FORMAT
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a flow of other latents than the codec's."""
+        """Raises ConfigError for a flow of other latents than the codec's, or an eye that fits no codec's chunks."""
         if self.codec.latent_channels != self.flow.in_channels:
             raise ConfigError(
                 f"{self.name}: the codec has {self.codec.latent_channels} channels, the flow {self.flow.in_channels}"
+            )
+        eye = None if self.heads is None else self.heads.eye
+        frames = self.codec.frames if isinstance(self.codec, ConvCodecConfig) else None
+        if eye is not None and eye.frames != frames:
+            raise ConfigError(
+                f"{self.name}: heads.eye looks at {eye.frames} frames, expected "
+                + (f"the codec's {frames}" if frames else "no eye: this codec decodes no chunk alone")
             )
 
     @cached_property

@@ -1,5 +1,10 @@
 """What is read off latent frames: reward and termination of two successive ones, and, in worlds that learned from
 episodes worth imitating, the value of one and the action that good behaviour would take next.
+
+Heads with an `Eye` read the decoded picture in the latents' place: of something small that moves before scenery which
+differs from episode to episode, latents say too little that carries over to scenery never seen.
+
+Axis letters: B batch, F pixel frames of a chunk, C channels, K points; h, w latent grid; height, width pixels.
 """
 
 from __future__ import annotations
@@ -8,23 +13,91 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
+from worldmodel.codec.base import Codec
 from worldmodel.errors import ConfigError, InputError
 from worldmodel.files import require_at_least
-from worldmodel.invariance import MATRIX_ROWS, with_rows
+from worldmodel.invariance import MATRIX_ROWS, PICTURES, with_rows
+
+PIXEL_RANGE = 64.0  # grey levels that an eye calls 1
+STILL = 0.02  # motion below which a pixel counts as at rest, in units of PIXEL_RANGE
+
+
+@dataclass(frozen=True)
+class EyeConfig:
+    """frames: F of a chunk. channels: of its convolutions. points: K places in the picture that it looks at."""
+
+    frames: int = 4
+    channels: int = 32
+    points: int = 8
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for sizes that no model has."""
+        require_at_least(1, self, "channels", "points")
+        require_at_least(2, self, "frames")
+
+    @property
+    def features(self) -> int:
+        """Numbers that it makes of a chunk: of each point the place and what is there."""
+        return self.points * (2 + self.channels)
+
+
+class Eye(nn.Module):
+    """Pictures to features: K soft points, each with its place and what is seen there (spatial softmax, as in Deep Spatial
+    Autoencoders, arXiv 1509.06113). Every other point is drawn to what moves within the chunk, from the start of
+    training on.
+    """
+
+    def __init__(self, config: EyeConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.channels
+        self.first = nn.Conv2d(3 * config.frames, width, 5, stride=2, padding=2)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        self.third = nn.Conv2d(width, width, 3, padding=1)
+        self.points = nn.Conv2d(width, config.points, 1)
+        nn.init.normal_(self.points.weight, std=0.3)
+        self.drawn = nn.Parameter((torch.arange(config.points) % 2).float()[:, None, None])
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(B, F, height, width, 3) uint8 or floating-point grey levels to (B, `EyeConfig.features`) float32."""
+        x = rearrange(frames.float() / PIXEL_RANGE - 1.0, "B F height width c -> B (F c) height width")
+        x = x.contiguous(memory_format=torch.channels_last)
+        h = F.silu(self.first(x))
+        h = h + F.silu(self.second(h))
+        h = h + F.silu(self.third(h))
+        weights = (
+            (self.points(h).float() + self.drawn * _motion(x, self.config.frames)).flatten(2).softmax(-1)
+        )
+        rows, columns = (torch.linspace(-1.0, 1.0, n, device=x.device) for n in h.shape[2:])
+        grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)
+        seen = weights @ torch.cat((grid.expand(len(h), -1, -1), h.float().flatten(2).mT), dim=2)
+        return seen.flatten(1)
+
+
+def _motion(x: Tensor, frames: int) -> Tensor:
+    """Log of how much half-size pixels differ from the last frame (B, 1, height/2, width/2), blurred a little."""
+    last = x[:, -3:]
+    moved = torch.stack([(x[:, 3 * k : 3 * k + 3] - last).abs().sum(1) for k in range(frames - 1)]).sum(0)
+    half = F.avg_pool2d(moved[:, None], 2, ceil_mode=True)
+    return torch.log(F.avg_pool2d(half, 3, stride=1, padding=1) + STILL)
 
 
 @dataclass(frozen=True)
 class HeadsConfig:
     """latent_size: C * h * w of a latent frame. packed: P of a packed action. width: hidden units. discount: of the
-    returns that the value foresees, a chunk; None for heads of reward and termination alone.
+    returns that the value foresees, a chunk; None for heads of reward and termination alone. eye: they read the newest
+    chunk's picture with it; None for heads that read latents.
     """
 
     latent_size: int
     packed: int
     width: int = 192
     discount: float | None = None
+    eye: EyeConfig | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError for sizes that no model has."""
@@ -54,7 +127,8 @@ class Heads(nn.Module):
     """(previous latent, latent, action) to reward and termination; one latent, which holds the motion within its chunk,
     to value and prior where the configuration has a ``discount``.
 
-    Reward and value are predicted standardised; their means and deviations are buffers fitted on the training data.
+    With an eye, the decoded picture of the newer latent takes the place of both. Reward and value are predicted
+    standardised; their means and deviations are buffers fitted on the training data.
     """
 
     reward_mean: Tensor
@@ -65,43 +139,61 @@ class Heads(nn.Module):
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
         self.config = config
-        self.layers = _layers(2 * config.latent_size + config.packed, config.width, 2)
+        self.eye = None if config.eye is None else Eye(config.eye)
+        one, two = config.latent_size, 2 * config.latent_size
+        if config.eye is not None:
+            one = two = config.eye.features
+        self.layers = _layers(two + config.packed, config.width, 2)
         self.register_buffer("reward_mean", torch.zeros(()))
         self.register_buffer("reward_std", torch.ones(()))
         self.ahead_layers: nn.Sequential | None = None
         if config.discount is not None:
-            self.ahead_layers = _layers(config.latent_size, config.width, 1 + config.packed)
+            self.ahead_layers = _layers(one, config.width, 1 + config.packed)
             self.register_buffer("value_mean", torch.zeros(()))
             self.register_buffer("value_std", torch.ones(()))
 
-    def raw(self, previous: Tensor, latent: Tensor, packed: Tensor) -> Tensor:
-        """Standardised reward and termination logit (B, 2), from latents (B, C, h, w) and packed actions (B, P)."""
-        return self.layers(torch.cat((previous.flatten(1), latent.flatten(1), packed), dim=1))
+    def see(self, latent: Tensor, frames: Tensor | None, codec: Codec) -> Tensor:
+        """What the other methods take as ``seen``: latents (B, C, h, w) as they are, or an eye's features (B, X).
 
-    def forward(self, previous: Tensor, latent: Tensor, packed: Tensor) -> Outcome:
+        ``frames``: the latents' chunk (B, F, height, width, 3) uint8 where that is at hand, else ``codec`` decodes it.
+        """
+        if self.eye is None:
+            return latent
+        if frames is None or not frames.shape[1]:
+            frames, _ = codec.decode(latent[:, None], codec.initial_state(len(latent)))
+        return with_rows(PICTURES, self.eye, frames.to(latent.device))
+
+    def raw(self, previous: Tensor, seen: Tensor, packed: Tensor) -> Tensor:
+        """Standardised reward and termination logit (B, 2), from the latents before (B, C, h, w), what is seen of the newer
+        ones (`see`) and packed actions (B, P).
+        """
+        before = () if self.eye is not None else (previous.flatten(1),)
+        return self.layers(torch.cat((*before, seen.flatten(1), packed), dim=1))
+
+    def forward(self, previous: Tensor, seen: Tensor, packed: Tensor) -> Outcome:
         """See `raw`; in the units of the environment's reward, and as a probability."""
-        reward, logit = with_rows(MATRIX_ROWS, self.raw, previous, latent, packed).float().unbind(1)
+        reward, logit = with_rows(MATRIX_ROWS, self.raw, previous, seen, packed).float().unbind(1)
         return Outcome(reward * self.reward_std + self.reward_mean, logit.sigmoid())
 
-    def raw_ahead(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardised value (B,) and the expected packed action (B, P), from latents (B, C, h, w).
+    def raw_ahead(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Standardised value (B,) and the expected packed action (B, P), from what is seen (`see`).
 
         Raises:
             InputError: heads of reward and termination alone.
         """
         if self.ahead_layers is None:
             raise InputError("this world's heads foresee no value and no action; train them with a discount")
-        both = self.ahead_layers(latent.flatten(1))
+        both = self.ahead_layers(seen.flatten(1))
         return both[:, 0], both[:, 1:]
 
     @torch.no_grad()
-    def ahead(self, latent: Tensor) -> Ahead:
-        """See `Ahead`. Raises InputError as `raw_ahead`."""
+    def ahead(self, seen: Tensor) -> Ahead:
+        """See `Ahead` and `see`. Raises InputError as `raw_ahead`."""
         value, prior = (
             with_rows(
                 MATRIX_ROWS,
                 lambda x: torch.cat([y.reshape(len(x), -1) for y in self.raw_ahead(x)], dim=1),
-                latent,
+                seen,
             )
             .float()
             .split((1, self.config.packed), dim=1)

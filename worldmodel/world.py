@@ -27,6 +27,7 @@ from worldmodel.flow.affine import standard_normal_log_prob
 from worldmodel.flow.context import Context
 from worldmodel.flow.deep import Committed
 from worldmodel.flow.window import make_room
+from worldmodel.heads import Ahead
 from worldmodel.invariance import MATRIX_ROWS, with_rows
 from worldmodel.noise import OBSERVE, SAMPLE, SCORE, normal, seed_tensor
 from worldmodel.parts import WorldParts
@@ -214,7 +215,7 @@ class WorldModel(WorldParts):
             if codec:  # a codec that remembers: its encoder has to see what was imagined
                 _, codec = self.codec.encode(frames, codec)
         chunk = replace(
-            self._judged(chunk, state.latent, latent, packed),
+            self._judged(chunk, state.latent, latent, packed, frames),
             frames=frames,
             sweeps=made.sweeps,
             residual=made.residual,
@@ -241,7 +242,7 @@ class WorldModel(WorldParts):
         after, chunk = self._commit(state, context, x, features)
         if codec:  # and its decoder what was observed
             _, codec = self.codec.decode(latent[:, None], codec)
-        chunk = replace(self._judged(chunk, state.latent, latent, packed), frames=pixels)
+        chunk = replace(self._judged(chunk, state.latent, latent, packed, pixels), frames=pixels)
         return replace(after, latent=latent, codec=codec), chunk
 
     @torch.no_grad()
@@ -314,6 +315,17 @@ class WorldModel(WorldParts):
             chunks.append(chunk)
         return state, chunks
 
+    @torch.no_grad()
+    def ahead(self, latent: Tensor) -> Ahead:
+        """Value and prior behind latents (B, C, h, w), e.g. `Chunk.latent`; see `worldmodel.heads.Ahead`.
+
+        Raises:
+            InputError: the world's heads foresee neither.
+        """
+        if self.heads is None:
+            raise InputError(f"world {self.spec.name} has no heads; train it with some")
+        return self.heads.ahead(self.heads.see(latent, None, self.codec))
+
     def save_state(self, state: WorldState, path: str | Path) -> None:
         """Write a state to one file, atomically; see `WorldState.save`."""
         state.save(path, self.fingerprint)
@@ -361,12 +373,14 @@ class WorldModel(WorldParts):
         latents, codec = self.codec.encode(pixels.to(self.device), state.codec)
         return pixels, latents[:, 0], codec
 
-    def _judged(self, chunk: Chunk, previous: Tensor, latent: Tensor, packed: Tensor) -> Chunk:
+    def _judged(
+        self, chunk: Chunk, previous: Tensor, latent: Tensor, packed: Tensor, frames: Tensor
+    ) -> Chunk:
         """The chunk with its clean latent, and with reward and termination where the world has heads."""
         chunk = replace(chunk, latent=latent)
         if self.heads is None:
             return chunk
-        outcome = self.heads(previous, latent, packed)
+        outcome = self.heads(previous, self.heads.see(latent, frames, self.codec), packed)
         return replace(chunk, reward=outcome.reward, termination=outcome.termination)
 
     def _told(self, state: WorldState, action: Any, guidance: float = 0.0) -> WorldState:

@@ -198,3 +198,39 @@ def test_an_interrupted_encoding_continues(tmp_path: Path, monkeypatch: pytest.M
     episode = dataset.episode(3).frames[None, 1:]
     together, _ = encode(codec, torch.from_numpy(episode), {})
     torch.testing.assert_close(whole["000003/latents"], together[0])
+
+
+def told_by_one_linear_map(folder: Path, dataset: EpisodeDataset) -> float:
+    """Share of the variance of the squares' places that is read off unseen latents, by least squares on the others."""
+    encode_dataset(load_trained_codec(folder), dataset, folder / "latents.safetensors")
+    latents = (
+        torch.stack([e.latents for e in load_latents(folder / "latents.safetensors")]).flatten(2).double()
+    )
+    angles = torch.stack(
+        [torch.from_numpy(dataset.episode(i).observations[4::4]) for i in range(30)]
+    ).double()
+    x = torch.cat((latents, torch.ones(*latents.shape[:2], 1)), dim=2)
+    fit = torch.linalg.lstsq(x[:27].flatten(0, 1), angles[:27].flatten(0, 1)).solution
+    missed = (x[27:] @ fit - angles[27:]).square().mean()
+    return float(1 - missed / angles[27:].var())
+
+
+def test_latents_tell_the_observation_where_that_is_asked(data: Path, trained: Path, tmp_path: Path) -> None:
+    config, dataset = replace(TINY, observed=1.0, noise=0.3), EpisodeDataset.open(data)
+    train_codec(config, data, tmp_path)
+    stored = load_tensors(tmp_path / "codec.safetensors")
+    assert set(stored) == set(load_tensors(trained / "codec.safetensors"))  # the readout stays behind
+    assert told_by_one_linear_map(tmp_path, dataset) > told_by_one_linear_map(trained, dataset) + 0.05
+
+
+def test_pictures_that_stand_still_tell_no_observation(data: Path, tmp_path: Path) -> None:
+    stage = CodecStage(replace(TINY, observed=1.0, still=1.0), EpisodeDataset.open(data).split("train"))
+    assert stage.readout is not None
+    generator = torch.Generator().manual_seed(0)
+    assert stage.backward(np.random.default_rng(0), generator, 0.0)["observed"] == 1.0
+    for index in range(3):
+        blind = square(index)._replace(observations=np.zeros((25, 0), dtype=np.float32))
+        save_episode(episode_path(tmp_path, index), blind)
+    write_json(tmp_path / "dataset.json", EpisodeDataset.open(data).info | {"episodes": 3})
+    with pytest.raises(DataError, match="no observations"):
+        CodecStage(replace(TINY, observed=1.0), EpisodeDataset.open(tmp_path).split("train"))

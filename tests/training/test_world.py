@@ -144,6 +144,17 @@ def test_a_round_that_collects_is_trained_on_all_and_evaluated_like_the_newest(
         train_world(recipe, tmp_path / "data", tmp_path / "run", tmp_path / "world")
 
 
+@pytest.mark.parametrize("recipe", ["pendulum", {"further": 3}, {"further": ["one"]}, {"collect": "all"}])
+def test_a_recipe_that_is_none_is_named(made: tuple[Recipe, Path], tmp_path: Path, recipe: object) -> None:
+    shutil.copytree(made[1] / "world", tmp_path / "world")
+    file = tmp_path / "world" / "world.json"
+    content = json.loads(file.read_text())
+    content["provenance"]["recipe"] = recipe
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="provenance.recipe"):
+        held_out_clips(EpisodeDataset.open(made[1] / "data"), WorldModel.load(tmp_path / "world"), 6, 1)
+
+
 def test_a_round_of_another_shape_is_refused() -> None:
     recipe = small_recipe()
     wider = replace(recipe.codec, model=replace(recipe.codec.model, widths=(8, 8, 24)))

@@ -45,6 +45,8 @@ from worldmodel.training.loop import LoopConfig, Run
 MOVED = 12.0  # grey levels by which a pixel must change to count as moving
 SAVE_SECONDS = 60.0
 PIECE = 16  # chunks encoded at once
+OBSERVED_LIMIT = 4.0  # standard deviations at which an observation is cut off
+OBSERVED_FLOOR = 1e-3  # share of its variance below which a number of the observation need not be told
 NOISES = (0.0, 0.05, 0.1)  # standard deviations at which decoding is measured
 
 
@@ -57,7 +59,9 @@ class CodecTraining:
     distance that the latent moves in one frame. moving: weight of a second error term, over the pixels that move within
     a pair of chunks, for what is small in the picture. still: share of chunks that show one frame F times, as an
     environment that starts from an image does. motion: share of chunks drawn in proportion to how much their pixels
-    change, the others evenly. bf16: autocast to bfloat16. threads: of the processor.
+    change, the others evenly. observed: weight of how well one linear map of the noisy latents tells the observation
+    that the simulator gave with a chunk's last frame: for what matters and is hardly seen. It is dropped after training,
+    so the codec reads pixels alone. bf16: autocast to bfloat16. threads: of the processor.
     """
 
     model: ConvCodecConfig = ConvCodecConfig()
@@ -68,6 +72,7 @@ class CodecTraining:
     moving: float = 0.0
     still: float = 0.04
     motion: float = 0.0
+    observed: float = 0.0
     bf16: bool = True
     threads: int = 2
 
@@ -113,19 +118,31 @@ class CodecStage:
         self.codec.background.copy_(median_background(split) if start is None else start.background)
         self.places = places(split, config.model.frames)
         self.moving = pixel_motion(split, config.model.frames) if config.motion else None
+        self.readout = Readout(config.model, split) if config.observed else None
 
     @property
     def module(self) -> nn.Module:
-        """The codec."""
-        return self.codec
+        """The codec, with its readout where there is one."""
+        if self.readout is None:
+            return self.codec
+        return nn.ModuleDict({"codec": self.codec, "readout": self.readout})
 
     def pairs(self, rng: np.random.Generator) -> Tensor:
         """(B, F, height, width, 3) uint8: B/2 chunks at any frame, then the same one frame later."""
-        size, half = self.config.model.frames, self.config.batch // 2
+        return self._pictures(self._drawn(rng))
+
+    def _drawn(self, rng: np.random.Generator) -> list[tuple[int, int, bool]]:
+        """B/2 pairs as (episode, frame, whether they stand still)."""
+        places = self._places(rng, self.config.batch // 2)
+        return [(index, start, rng.random() < self.config.still) for index, start in places]
+
+    def _pictures(self, drawn: list[tuple[int, int, bool]]) -> Tensor:
+        """See `pairs`."""
+        size = self.config.model.frames
         first, second = [], []
-        for index, start in self._places(rng, half):
+        for index, start, still in drawn:
             frames = self.split.episode(index).frames
-            if rng.random() < self.config.still:
+            if still:
                 first.append(np.repeat(frames[start : start + 1], size, axis=0))
                 second.append(np.repeat(frames[start + 1 : start + 2], size, axis=0))
             else:
@@ -144,8 +161,11 @@ class CodecStage:
     def backward(
         self, rng: np.random.Generator, generator: torch.Generator, progress: float
     ) -> Mapping[str, float | Tensor]:
-        """See `worldmodel.training.loop.Stage`. Metrics: loss, psnr (dB, of noisy latents), motion."""
-        x = self.codec.to_input(self.pairs(rng))
+        """See `worldmodel.training.loop.Stage`. Metrics: loss, psnr (dB, of noisy latents), motion, and, with a readout,
+        observed (unexplained share of the observations' variance).
+        """
+        drawn = self._drawn(rng)
+        x = self.codec.to_input(self._pictures(drawn))
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
             raw = self.codec.encoder(x)
         raw = raw.float()
@@ -164,9 +184,47 @@ class CodecStage:
             mask = moving_pixels(x)
             seen = (squares * mask).sum() / mask.sum().clamp_min(1.0)
             loss = loss + self.config.moving * 0.5 * torch.log(seen + 1e-8)
+        told = {}
+        if self.readout is not None:
+            missed = self.readout.missed(noisy, drawn)
+            loss = loss + self.config.observed * 0.5 * torch.log(missed + OBSERVED_FLOOR).mean()
+            told = {"observed": missed.detach().mean()}
         loss.backward()
         psnr = 10 * torch.log10((255 / 128) ** 2 / square.detach())
-        return {"loss": loss.detach(), "psnr": psnr, "motion": motion.detach()}
+        return {"loss": loss.detach(), "psnr": psnr, "motion": motion.detach(), **told}
+
+
+class Readout(nn.Module):
+    """One linear map of a noisy latent to the standardised observation of its chunk's last frame, for training alone."""
+
+    def __init__(self, model: ConvCodecConfig, split: EpisodeSplit) -> None:
+        """Raises DataError for episodes that hold no observations."""
+        super().__init__()
+        every = [split.episode(index).observations for index in split.indices]
+        together = np.concatenate(every).reshape(sum(map(len, every)), -1)
+        if not together.shape[1]:
+            raise DataError("the episodes hold no observations to be told; set the codec's observed to 0")
+        mean, spread = together.mean(axis=0), together.std(axis=0) + 1e-6
+        limit = OBSERVED_LIMIT
+        self.aims = {
+            index: ((row.reshape(len(row), -1) - mean) / spread).clip(-limit, limit).astype(np.float32)
+            for index, row in zip(split.indices, every, strict=True)
+        }
+        self.frames = model.frames
+        self.map = nn.Linear(math.prod(model.latent_shape), together.shape[1])
+
+    def missed(self, latents: Tensor, drawn: list[tuple[int, int, bool]]) -> Tensor:
+        """Mean squared error (D,) by number of the observation, over the pairs ``drawn`` that do not stand still."""
+        rows = [row for row, (_, _, still) in enumerate(drawn) if not still]
+        ends = [(drawn[row][0], drawn[row][1] + self.frames - 1) for row in rows]
+        aims = [self.aims[index][end + later] for later in (0, 1) for index, end in ends]
+        chosen = torch.tensor(
+            [row + later * len(drawn) for later in (0, 1) for row in rows], dtype=torch.long
+        )
+        if not rows:
+            return latents.new_ones(self.map.out_features)
+        told = self.map(latents.flatten(1)[chosen])
+        return (told - torch.from_numpy(np.stack(aims))).square().mean(dim=0)
 
 
 def places(split: EpisodeSplit, size: int) -> np.ndarray:

@@ -58,9 +58,20 @@ def held_out_clips(
 
 
 def _collections(world: WorldModel) -> list[dict[str, Any]]:
-    """All that the episodes were collected with which the world was trained on: its newest, and its recipe's others."""
+    """All that the episodes were collected with which the world was trained on: its newest, and its recipe's others.
+
+    Raises:
+        DataError: a recipe in ``world.json`` from which that cannot be told.
+    """
     recipe = world.spec.provenance.get("recipe", {})
-    made = [world.spec.environment, *(each.get("collect") for each in (recipe, *recipe.get("further", ())))]
+    further = recipe.get("further", ()) if isinstance(recipe, dict) else ()
+    rounds = [recipe, *further] if isinstance(further, (list, tuple)) else [further]
+    if not all(isinstance(each, dict) and isinstance(each.get("collect") or {}, dict) for each in rounds):
+        raise DataError(
+            f"world {world.spec.name}: provenance.recipe of its world.json is no recipe, so what it was trained on is "
+            "unknown; put back what `worldmodel train` wrote, or remove it"
+        )
+    made = [world.spec.environment, *(each.get("collect") for each in rounds)]
     return [collect for collect in made if collect]
 
 

@@ -21,6 +21,7 @@ from worldmodel.training.episodes import EpisodeDataset, split_indices
 from worldmodel.training.evaluate import git_revision
 from worldmodel.training.flow import Latents, train_flow, train_heads
 from worldmodel.training.parallel import ALONE, Ranks
+from worldmodel.training.pictures import Pictures
 from worldmodel.training.recipes import Recipe, Round, round_folder
 from worldmodel.world import WorldModel
 
@@ -79,7 +80,10 @@ def train_world(
         before, steps = parts.state_dict(), steps + made.step
     if until == "flow" or not ranks.first:
         return None
-    heads, _ = train_heads(recipe.heads, latents, run / "heads")
+    pictures = None
+    if recipe.heads.eye is not None:
+        pictures = Pictures.of(planned.datasets, load_trained_codec(planned.codec), latents)
+    heads, _ = train_heads(recipe.heads, latents, run / "heads", pictures=pictures)
     export_world(recipe, planned.datasets[-1], len(train), planned.codec, out, parts, heads, steps)
     return WorldModel.load(out)
 

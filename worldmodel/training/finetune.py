@@ -38,6 +38,7 @@ from worldmodel.training.export import bank_of_starts
 from worldmodel.training.flow import FlowStage, FlowTraining, HeadsTraining, Latents, gathered, train_heads
 from worldmodel.training.loop import LoopConfig, Run
 from worldmodel.training.parallel import ALONE, Ranks
+from worldmodel.training.pictures import Pictures
 from worldmodel.world import WorldModel
 
 
@@ -335,7 +336,10 @@ def _export(
     tensors = dict(files.tensors) | {"flow": parts.state_dict() if half else half_precision(parts)}
     heads = files.spec.heads
     if train.rewards.any() or train.terminated.any() or (heads is not None and not same):
-        trained, _ = train_heads(config.heads, train, run / "heads", old_heads if same else None)
+        old = old_heads if same else None
+        eye = config.heads.eye if old is None else old.config.eye
+        pictures = None if eye is None else Pictures.of([dataset], codec, train)
+        trained, _ = train_heads(config.heads, train, run / "heads", old, pictures)
         tensors["heads"], heads = half_precision(trained), trained.config
     psnr = codec_psnr(codec, dataset)
     spec = replace(

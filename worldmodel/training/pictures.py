@@ -1,0 +1,101 @@
+"""The pictures that heads with an eye learn from: chunks of real and of decoded frames, some before another episode's
+scenery.
+
+Axis letters: B batch, F pixel frames of a chunk; height, width pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from worldmodel.codec.base import Codec
+from worldmodel.errors import DataError
+from worldmodel.training.episodes import Episode, EpisodeDataset
+
+if TYPE_CHECKING:
+    from worldmodel.training.flow import Latents
+
+MOVED = 8  # grey levels by which a pixel must differ from its episode's scenery to be in front of it
+SCENERY_FRAMES = 15
+LIMIT = 4.0  # standard deviations at which an observation is cut off
+
+
+class Pictures:
+    """Chunks by their place in episodes that lie end to end, as in `worldmodel.training.flow.Latents`.
+
+    observations: (S, D) float32, the simulator's own at the end of each chunk, standardised and cut off; D may be 0.
+    """
+
+    def __init__(
+        self, episodes: Sequence[Episode], frame_skip: int, decoded: Sequence[np.ndarray] = ()
+    ) -> None:
+        """Keeps all frames in memory. ``decoded``: of each episode what its codec makes of frames 1 to F K, as uint8; where
+        given, half of the chunks are drawn from them, since that is what an eye sees in imagination.
+
+        Raises:
+            DataError: no episodes.
+        """
+        if not episodes:
+            raise DataError("there are no episodes to learn from")
+        self.frame_skip = frame_skip
+        self.frames = [e.frames[1:] for e in episodes], list(decoded)
+        counts = [len(e.rewards) for e in episodes]
+        self.episode = np.repeat(np.arange(len(counts)), counts)
+        self.chunk = np.concatenate([np.arange(n) for n in counts])
+        self.scenery = [
+            np.stack([scenery(f) for f in tqdm(kind, desc="scenery", leave=False, delay=2, unit="episode")])
+            for kind in self.frames
+            if kind
+        ]
+        ends = [e.observations[frame_skip::frame_skip].reshape(len(e.rewards), -1) for e in episodes]
+        together = np.concatenate(ends).astype(np.float32)
+        spread = together.std(axis=0) + 1e-6
+        self.observations = torch.from_numpy(
+            ((together - together.mean(axis=0)) / spread).clip(-LIMIT, LIMIT)
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, datasets: Sequence[EpisodeDataset], codec: Codec, latents: Latents) -> Pictures:
+        """The training episodes of all datasets, in their order, whose ``latents`` the codec made.
+
+        Raises:
+            DataError: as `EpisodeDataset.split`.
+        """
+        splits = [dataset.split("train") for dataset in datasets]
+        episodes = [s.episode(i) for s in splits for i in s.indices]
+        parts = torch.split(latents.latents, latents.lengths.tolist())
+        bar = tqdm(parts, desc="decode", unit="episode", leave=False, delay=2)
+        decoded = [codec.decode(part[None], codec.initial_state(1))[0][0].numpy() for part in bar]
+        return cls(episodes, splits[0].frame_skip, decoded)
+
+    def chunks(self, at: np.ndarray, swap: float, rng: np.random.Generator) -> Tensor:
+        """(B, F, height, width, 3) uint8 at places (B,); a share ``swap`` of them before another episode's scenery."""
+        drawn = []
+        for place in at:
+            kind = int(rng.integers(len(self.scenery)))
+            every, still = self.frames[kind], self.scenery[kind]
+            index, first = int(self.episode[place]), self.frame_skip * int(self.chunk[place])
+            frames = every[index][first : first + self.frame_skip]
+            if rng.random() < swap:
+                other = still[rng.integers(len(still))]
+                frames = np.where(in_front(frames, still[index])[..., None], frames, other)
+            drawn.append(frames)
+        return torch.from_numpy(np.stack(drawn))
+
+
+def scenery(frames: np.ndarray) -> np.ndarray:
+    """(height, width, 3) uint8: what stands still in an episode's frames (n, height, width, 3), their median."""
+    chosen = np.linspace(0, len(frames) - 1, min(SCENERY_FRAMES, len(frames))).astype(int)
+    return np.median(frames[chosen], axis=0).astype(np.uint8)
+
+
+def in_front(frames: np.ndarray, still: np.ndarray) -> np.ndarray:
+    """(F, height, width) bool: the pixels of frames (F, height, width, 3) that differ from the scenery."""
+    return np.asarray(np.abs(frames.astype(np.int16) - still).max(axis=-1) > MOVED)
