@@ -60,8 +60,9 @@ class CodecTraining:
     a pair of chunks, for what is small in the picture. still: share of chunks that show one frame F times, as an
     environment that starts from an image does. motion: share of chunks drawn in proportion to how much their pixels
     change, the others evenly. observed: weight of how well one linear map of the noisy latents tells the observation
-    that the simulator gave with a chunk's last frame: for what matters and is hardly seen. It is dropped after training,
-    so the codec reads pixels alone. bf16: autocast to bfloat16. threads: of the processor.
+    that the simulator gave with a chunk's last frame, for what matters and is hardly seen; where every episode has scenery
+    of its own, it may learn that by heart. It is dropped after training, so the codec reads pixels alone. bf16: autocast
+    to bfloat16. threads: of the processor.
     """
 
     model: ConvCodecConfig = ConvCodecConfig()
@@ -204,12 +205,8 @@ class Readout(nn.Module):
         together = np.concatenate(every).reshape(sum(map(len, every)), -1)
         if not together.shape[1]:
             raise DataError("the episodes hold no observations to be told; set the codec's observed to 0")
-        mean, spread = together.mean(axis=0), together.std(axis=0) + 1e-6
-        limit = OBSERVED_LIMIT
-        self.aims = {
-            index: ((row.reshape(len(row), -1) - mean) / spread).clip(-limit, limit).astype(np.float32)
-            for index, row in zip(split.indices, every, strict=True)
-        }
+        parts = np.split(standardised(together), np.cumsum([len(row) for row in every])[:-1])
+        self.aims = dict(zip(split.indices, parts, strict=True))
         self.frames = model.frames
         self.map = nn.Linear(math.prod(model.latent_shape), together.shape[1])
 
@@ -225,6 +222,13 @@ class Readout(nn.Module):
             return latents.new_ones(self.map.out_features)
         told = self.map(latents.flatten(1)[chosen])
         return (told - torch.from_numpy(np.stack(aims))).square().mean(dim=0)
+
+
+def standardised(observations: np.ndarray) -> np.ndarray:
+    """Observations (n, D) as float32, each number less its mean, in standard deviations, cut off at `OBSERVED_LIMIT`."""
+    spread = observations.std(axis=0) + 1e-6
+    limited = ((observations - observations.mean(axis=0)) / spread).clip(-OBSERVED_LIMIT, OBSERVED_LIMIT)
+    return np.asarray(limited, dtype=np.float32)
 
 
 def places(split: EpisodeSplit, size: int) -> np.ndarray:

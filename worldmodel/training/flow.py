@@ -28,7 +28,7 @@ from worldmodel.flow.affine import LOG_2PI
 from worldmodel.flow.denoiser import SCORE_SCALE, Denoiser
 from worldmodel.flow.flow import Density, Flow, FlowConfig
 from worldmodel.heads import PIXEL_RANGE, EyeConfig, Heads, HeadsConfig
-from worldmodel.training.codec import LatentEpisode
+from worldmodel.training.codec import OBSERVED_FLOOR, LatentEpisode
 from worldmodel.training.loop import LoopConfig, Run
 from worldmodel.training.parallel import ALONE, Ranks, whole
 from worldmodel.training.pictures import Pictures
@@ -406,7 +406,7 @@ class HeadsStage:
         loss = torch.stack(list(parts.values())).sum()
         if self.readout is not None and self.pictures is not None:
             missed = (self.readout(seen) - self.pictures.observations[at]).square().mean(0)
-            loss = loss + c.observed * 0.5 * torch.log(missed + 1e-3).mean()
+            loss = loss + c.observed * 0.5 * torch.log(missed + OBSERVED_FLOOR).mean()
             parts["observed"] = missed.mean()
         loss.backward()
         return {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}

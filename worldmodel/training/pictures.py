@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from worldmodel.codec.base import Codec
 from worldmodel.errors import DataError
+from worldmodel.training.codec import standardised
 from worldmodel.training.episodes import Episode, EpisodeDataset
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 MOVED = 8  # grey levels by which a pixel must differ from its episode's scenery to be in front of it
 SCENERY_FRAMES = 15
-LIMIT = 4.0  # standard deviations at which an observation is cut off
 
 
 class Pictures:
@@ -54,11 +54,7 @@ class Pictures:
             if kind
         ]
         ends = [e.observations[frame_skip::frame_skip].reshape(len(e.rewards), -1) for e in episodes]
-        together = np.concatenate(ends).astype(np.float32)
-        spread = together.std(axis=0) + 1e-6
-        self.observations = torch.from_numpy(
-            ((together - together.mean(axis=0)) / spread).clip(-LIMIT, LIMIT)
-        )
+        self.observations = torch.from_numpy(standardised(np.concatenate(ends)))
 
     @classmethod
     @torch.no_grad()

@@ -149,8 +149,9 @@ def pendulum() -> Recipe:
 def lunarlander() -> Recipe:
     """LunarLander-v3 at 64 x 64; about three and a quarter hours on 2 CPU cores.
 
-    The lander is 3 pixels tall: what a codec of its pictures keeps of its tilt is lost in the flow's noise. The second
-    codec's latents tell the simulator's observation by one linear map through large noise.
+    The lander is 3 pixels tall: what the first codec's pictures keep of its tilt is lost in noise; the second one's keep
+    it. The heads read the decoded picture, since what reads flat latents, the codec's linear map too, learns the terrain of
+    the training episodes by heart.
     """
     codec = lunarlander_codec()
     flow = FlowTraining(
@@ -181,7 +182,7 @@ def lunarlander() -> Recipe:
         further=(Round(again, finer),),
         # every episode has its own terrain, by which heads would know it
         heads=HeadsTraining(
-            LoopConfig(steps=2_500, lr=2e-3, warmup=50, weight_decay=0.02),
+            LoopConfig(steps=3_500, lr=2e-3, warmup=50, weight_decay=0.02),
             batch=128,
             noise=0.03,
             discount=0.98,
