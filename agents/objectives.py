@@ -287,10 +287,10 @@ class GoalLikelihood(Objective):
 class TerminalValue(Objective):
     """What is to be had behind the plan's last chunk, if the episode still runs: ``discount ** H * value(latents)``.
 
-    value: latents (N, C, h, w) to (N,) returns-to-go, e.g. the critic of a policy.
+    function: latents (N, C, h, w) to (N,) returns-to-go, e.g. the critic of a policy; None for the world's own value.
     """
 
-    function: Callable[[Tensor], Any]
+    function: Callable[[Tensor], Any] | None
     discount: float = 1.0
 
     @classmethod
@@ -305,13 +305,15 @@ class TerminalValue(Objective):
             raise InputError(
                 f"world {world.spec.name} foresees no value; train its heads with a discount, or pass a function"
             )
-        return cls(lambda latents: world.ahead(latents).value, heads.config.discount)
+        return cls(None, heads.config.discount)
 
     def value(self, moment: Moment) -> Tensor:
         """See the class."""
         if not moment.last:
             return torch.zeros(moment.after.rows)
-        ahead = torch.as_tensor(self.function(moment.chunk.latent), dtype=torch.float64).cpu()
+        function = self.function
+        ahead: Any = function(moment.chunk.latent) if function else moment.world.ahead(moment.after).value
+        ahead = torch.as_tensor(ahead, dtype=torch.float64).cpu()
         return self.discount**moment.horizon * survival_after(moment.survival, moment.chunk) * ahead
 
 

@@ -70,7 +70,7 @@ def propose_behaviour(
     belief = first_belief(world.spec.action_space, Search(horizon=1))
     branches, columns = state.fork(count), []
     for step in range(horizon):
-        expected = world.ahead(branches.latent).prior.double().cpu().numpy()
+        expected = world.ahead(branches).prior.double().cpu().numpy()
         taken = take(belief.actions(_drawn(belief, expected, spread, rng)[:, None]), 0, axis=1)
         columns.append(taken)
         if step < horizon - 1:

@@ -117,7 +117,7 @@ def by_stage(world: WorldModel, batch: int, count: int, peak: float) -> list[Row
         stack.enter_context(timed(world, ["_room"], spent))
         stack.enter_context(timed(flow, ["imagine", "denoise_newest"], spent))
         stack.enter_context(timed(world.codec, ["decode"], spent))
-        stack.enter_context(timed(world.heads, ["forward"], spent))
+        stack.enter_context(timed(world.heads, ["see", "forward"], spent))
         walked = state
         for _ in tqdm(range(count), desc="stages", unit="step", leave=False):
             one, (walked, chunk) = clocked(world.step, walked, action)
@@ -136,7 +136,7 @@ def by_stage(world: WorldModel, batch: int, count: int, peak: float) -> list[Row
         "commit": commit,
         "shallow": mean["imagine"] - solve - commit,
         "denoise": mean["denoise_newest"],
-        "heads": mean["forward"],
+        "heads": mean["see"] + mean["forward"],
         "decode": mean["decode"],
     }
     whole = float(np.mean(total))

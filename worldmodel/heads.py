@@ -2,9 +2,11 @@
 episodes worth imitating, the value of one and the action that good behaviour would take next.
 
 Heads with an `Eye` read the decoded picture in the latents' place: of something small that moves before scenery which
-differs from episode to episode, latents say too little that carries over to scenery never seen.
+differs from episode to episode, latents say too little that carries over to scenery never seen. A `Memory` of what the
+eye saw and of what was done tells what one chunk does not, e.g. how fast something turns.
 
-Axis letters: B batch, F pixel frames of a chunk, C channels, K points; h, w latent grid; height, width pixels.
+Axis letters: B batch, F pixel frames of a chunk, C channels, K points, X features, M remembered numbers, D numbers of the
+simulator's observation; h, w latent grid; height, width pixels.
 """
 
 from __future__ import annotations
@@ -28,16 +30,20 @@ STILL = 0.02  # motion below which a pixel counts as at rest, in units of PIXEL_
 
 @dataclass(frozen=True)
 class EyeConfig:
-    """frames: F of a chunk. channels: of its convolutions. points: K places in the picture that it looks at."""
+    """frames: F of a chunk. channels: of its convolutions. points: K places in the picture that it looks at. memory: M
+    numbers that are remembered of all chunks and actions so far; 0 for none.
+    """
 
     frames: int = 4
     channels: int = 32
     points: int = 8
+    memory: int = 0
 
     def __post_init__(self) -> None:
         """Raises ConfigError for sizes that no model has."""
         require_at_least(1, self, "channels", "points")
         require_at_least(2, self, "frames")
+        require_at_least(0, self, "memory")
 
     @property
     def features(self) -> int:
@@ -90,7 +96,8 @@ def _motion(x: Tensor, frames: int) -> Tensor:
 class HeadsConfig:
     """latent_size: C * h * w of a latent frame. packed: P of a packed action. width: hidden units. discount: of the
     returns that the value foresees, a chunk; None for heads of reward and termination alone. eye: they read the newest
-    chunk's picture with it; None for heads that read latents.
+    chunk's picture with it; None for heads that read latents. observed: D numbers of the simulator's observation that the
+    eye's memory tells, and that value and prior then read in its place; 0 for none.
     """
 
     latent_size: int
@@ -98,13 +105,49 @@ class HeadsConfig:
     width: int = 192
     discount: float | None = None
     eye: EyeConfig | None = None
+    observed: int = 0
 
     def __post_init__(self) -> None:
         """Raises ConfigError for sizes that no model has."""
         require_at_least(1, self, "latent_size", "width")
-        require_at_least(0, self, "packed")
+        require_at_least(0, self, "packed", "observed")
+        if self.observed and not (self.eye and self.eye.memory):
+            raise ConfigError(
+                f"HeadsConfig: observed is {self.observed} without a memory to tell it; expected 0"
+            )
         if self.discount is not None and not 0 < self.discount <= 1:
             raise ConfigError(f"HeadsConfig: discount is {self.discount}, expected (0, 1], or null")
+
+    @property
+    def seen(self) -> int:
+        """X, numbers that an eye keeps of what it saw; 0 without one."""
+        return 0 if self.eye is None else self.eye.memory or self.eye.features
+
+
+class Memory(nn.Module):
+    """What an eye saw and what was done, chunk after chunk, in M numbers: a gated recurrent unit (arXiv 1406.1078).
+
+    Features are standardised; their means and deviations are buffers fitted on the training data.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: EyeConfig, packed: int, width: int) -> None:
+        super().__init__()
+        self.read = nn.Linear(config.features + packed, width)
+        self.cell = nn.GRUCell(width, config.memory)
+        self.register_buffer("mean", torch.zeros(config.features))
+        self.register_buffer("std", torch.ones(config.features))
+
+    def enter(self, features: Tensor, packed: Tensor) -> Tensor:
+        """Standardised features (..., X) and the packed action (..., P) that led to them, as the unit reads them."""
+        return F.silu(self.read(torch.cat((features, packed), dim=-1)))
+
+    def forward(self, features: Tensor, packed: Tensor, before: Tensor) -> Tensor:
+        """Features (B, X), actions (B, P) and what was remembered before (B, M) to what is now (B, M)."""
+        remembered: Tensor = self.cell(self.enter((features - self.mean) / self.std, packed), before)
+        return remembered
 
 
 class Outcome(NamedTuple):
@@ -127,7 +170,9 @@ class Heads(nn.Module):
     """(previous latent, latent, action) to reward and termination; one latent, which holds the motion within its chunk,
     to value and prior where the configuration has a ``discount``.
 
-    With an eye, the decoded picture of the newer latent takes the place of both. Reward and value are predicted
+    With an eye, what is seen of the newer latent's picture takes the place of both. With an observation to tell, value and
+    prior read that alone: good behaviour is then learned from the simulator's observation, and not from what a memory
+    knows of the actions before, which imitation would merely repeat. Reward, value and observation are predicted
     standardised; their means and deviations are buffers fitted on the training data.
     """
 
@@ -135,37 +180,53 @@ class Heads(nn.Module):
     reward_std: Tensor
     value_mean: Tensor
     value_std: Tensor
+    observation_mean: Tensor
+    observation_std: Tensor
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
         self.config = config
         self.eye = None if config.eye is None else Eye(config.eye)
+        self.memory: Memory | None = None
         one, two = config.latent_size, 2 * config.latent_size
         if config.eye is not None:
-            one = two = config.eye.features
+            one = two = config.seen
+            if config.eye.memory:
+                self.memory = Memory(config.eye, config.packed, config.width)
         self.layers = _layers(two + config.packed, config.width, 2)
         self.register_buffer("reward_mean", torch.zeros(()))
         self.register_buffer("reward_std", torch.ones(()))
+        self.tell: nn.Sequential | None = None
+        if config.observed:
+            self.tell = _layers(config.seen, config.width, config.observed)
+            self.register_buffer("observation_mean", torch.zeros(config.observed))
+            self.register_buffer("observation_std", torch.ones(config.observed))
         self.ahead_layers: nn.Sequential | None = None
         if config.discount is not None:
-            self.ahead_layers = _layers(one, config.width, 1 + config.packed)
+            self.ahead_layers = _layers(config.observed or one, config.width, 1 + config.packed)
             self.register_buffer("value_mean", torch.zeros(()))
             self.register_buffer("value_std", torch.ones(()))
 
-    def see(self, latent: Tensor, frames: Tensor | None, codec: Codec) -> Tensor:
-        """What the other methods take as ``seen``: latents (B, C, h, w) as they are, or an eye's features (B, X).
+    def see(
+        self, before: Tensor | None, latent: Tensor, frames: Tensor, packed: Tensor, codec: Codec
+    ) -> Tensor | None:
+        """What is kept of a chunk, as `WorldState.seen`: (B, X), None for heads that read latents.
 
-        ``frames``: the latents' chunk (B, F, height, width, 3) uint8 where that is at hand, else ``codec`` decodes it.
+        ``before``: the same before the chunk. latent (B, C, h, w) and frames (B, F, height, width, 3) uint8 of the chunk,
+        or (B, 0, ...) where ``codec`` is to decode it. packed: (B, P) the action that caused it.
         """
         if self.eye is None:
-            return latent
-        if frames is None or not frames.shape[1]:
+            return None
+        if not frames.shape[1]:
             frames, _ = codec.decode(latent[:, None], codec.initial_state(len(latent)))
-        return with_rows(PICTURES, self.eye, frames.to(latent.device))
+        features = with_rows(PICTURES, self.eye, frames.to(latent.device))
+        if self.memory is None or before is None:
+            return features
+        return with_rows(MATRIX_ROWS, self.memory, features, packed, before)
 
     def raw(self, previous: Tensor, seen: Tensor, packed: Tensor) -> Tensor:
         """Standardised reward and termination logit (B, 2), from the latents before (B, C, h, w), what is seen of the newer
-        ones (`see`) and packed actions (B, P).
+        ones (`see`; the latents themselves without an eye) and packed actions (B, P).
         """
         before = () if self.eye is not None else (previous.flatten(1),)
         return self.layers(torch.cat((*before, seen.flatten(1), packed), dim=1))
@@ -175,14 +236,18 @@ class Heads(nn.Module):
         reward, logit = with_rows(MATRIX_ROWS, self.raw, previous, seen, packed).float().unbind(1)
         return Outcome(reward * self.reward_std + self.reward_mean, logit.sigmoid())
 
-    def raw_ahead(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+    def raw_ahead(self, seen: Tensor, observation: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Standardised value (B,) and the expected packed action (B, P), from what is seen (`see`).
+
+        ``observation``: the standardised one (B, D) where it is known, for heads that would have to tell it.
 
         Raises:
             InputError: heads of reward and termination alone.
         """
         if self.ahead_layers is None:
             raise InputError("this world's heads foresee no value and no action; train them with a discount")
+        if self.tell is not None:
+            seen = self.tell(seen) if observation is None else observation
         both = self.ahead_layers(seen.flatten(1))
         return both[:, 0], both[:, 1:]
 

@@ -29,6 +29,7 @@ class WorldState:
     latent. codec: the codec's streaming state, rows on axis 0. seeds, branches, steps: (B,) int64, what the noise is a
     function of; ``steps`` counts the chunks of a session. forks: (B,) int64, how often a branch was forked.
     log_prob: (B,) float64, nats of all chunks since the start. prompts: (B,) captions as given, None in a world without.
+    seen: (B, X) what an eye keeps of the chunks so far, None in a world whose heads have none.
     """
 
     context: Context
@@ -41,6 +42,7 @@ class WorldState:
     steps: Tensor
     log_prob: Tensor
     prompts: tuple[str, ...] | None = None
+    seen: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -85,6 +87,7 @@ class WorldState:
             self.steps.repeat_interleave(n),
             self.log_prob.repeat_interleave(n),
             None if self.prompts is None else tuple(p for p in self.prompts for _ in range(n)),
+            None if self.seen is None else repeat_rows(self.seen, n),
         )
 
     def select(self, indices: Sequence[int]) -> WorldState:
@@ -110,6 +113,7 @@ class WorldState:
             self.steps[index],
             self.log_prob[index],
             None if self.prompts is None else tuple(self.prompts[i] for i in rows),
+            None if self.seen is None else self.seen[on_device],
         )
 
     @staticmethod
@@ -136,6 +140,7 @@ class WorldState:
             join("steps"),
             join("log_prob"),
             None if states[0].prompts is None else tuple(p for s in states for p in s.prompts or ()),
+            None if states[0].seen is None else join("seen"),
         )
 
     def gathered(self) -> WorldState:
@@ -174,6 +179,7 @@ class WorldState:
             "forks": self.forks,
             "steps": self.steps,
             "log_prob": self.log_prob,
+            "seen": self.seen,
             **{f"codec.{k}": v for k, v in self.codec.items()},
         }
         return {k: v for k, v in named.items() if v is not None}
@@ -304,6 +310,7 @@ class WorldState:
                 steps,
                 log_prob,
                 prompts,
+                tensors.get("seen"),
             )
             state._check()
             return state

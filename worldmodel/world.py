@@ -70,6 +70,7 @@ class WorldModel(WorldParts):
             zero.clone(),
             torch.zeros(rows, dtype=torch.float64),
             captions,
+            self._nothing_seen(rows),
         )
 
     def begin_clip(self, state: WorldState) -> WorldState:
@@ -214,12 +215,8 @@ class WorldModel(WorldParts):
             frames, codec = self.codec.decode(latent[:, None], codec)
             if codec:  # a codec that remembers: its encoder has to see what was imagined
                 _, codec = self.codec.encode(frames, codec)
-        chunk = replace(
-            self._judged(chunk, state.latent, latent, packed, frames),
-            frames=frames,
-            sweeps=made.sweeps,
-            residual=made.residual,
-        )
+        after, chunk = self._judged(after, chunk, latent, packed, frames)
+        chunk = replace(chunk, frames=frames, sweeps=made.sweeps, residual=made.residual)
         return replace(after, latent=latent, codec=codec), chunk
 
     @torch.no_grad()
@@ -242,8 +239,8 @@ class WorldModel(WorldParts):
         after, chunk = self._commit(state, context, x, features)
         if codec:  # and its decoder what was observed
             _, codec = self.codec.decode(latent[:, None], codec)
-        chunk = replace(self._judged(chunk, state.latent, latent, packed, pixels), frames=pixels)
-        return replace(after, latent=latent, codec=codec), chunk
+        after, chunk = self._judged(after, chunk, latent, packed, pixels)
+        return replace(after, latent=latent, codec=codec), replace(chunk, frames=pixels)
 
     @torch.no_grad()
     def score(
@@ -316,15 +313,15 @@ class WorldModel(WorldParts):
         return state, chunks
 
     @torch.no_grad()
-    def ahead(self, latent: Tensor) -> Ahead:
-        """Value and prior behind latents (B, C, h, w), e.g. `Chunk.latent`; see `worldmodel.heads.Ahead`.
+    def ahead(self, state: WorldState) -> Ahead:
+        """Value and prior of what may come next in the sessions; see `worldmodel.heads.Ahead`.
 
         Raises:
             InputError: the world's heads foresee neither.
         """
         if self.heads is None:
             raise InputError(f"world {self.spec.name} has no heads; train it with some")
-        return self.heads.ahead(self.heads.see(latent, None, self.codec))
+        return self.heads.ahead(state.latent if state.seen is None else state.seen)
 
     def save_state(self, state: WorldState, path: str | Path) -> None:
         """Write a state to one file, atomically; see `WorldState.save`."""
@@ -373,15 +370,27 @@ class WorldModel(WorldParts):
         latents, codec = self.codec.encode(pixels.to(self.device), state.codec)
         return pixels, latents[:, 0], codec
 
+    def _nothing_seen(self, rows: int) -> Tensor | None:
+        """What an eye has seen before the first chunk (B, X)."""
+        if self.heads is None or self.heads.eye is None:
+            return None
+        return torch.zeros(rows, self.heads.config.seen, device=self.device)
+
     def _judged(
-        self, chunk: Chunk, previous: Tensor, latent: Tensor, packed: Tensor, frames: Tensor
-    ) -> Chunk:
-        """The chunk with its clean latent, and with reward and termination where the world has heads."""
+        self, after: WorldState, chunk: Chunk, latent: Tensor, packed: Tensor, frames: Tensor
+    ) -> tuple[WorldState, Chunk]:
+        """The chunk with its clean latent, and with reward and termination where the world has heads.
+
+        ``after``: the state behind the chunk, but for what the heads have seen and the latent, which is the one before.
+        """
         chunk = replace(chunk, latent=latent)
         if self.heads is None:
-            return chunk
-        outcome = self.heads(previous, self.heads.see(latent, frames, self.codec), packed)
-        return replace(chunk, reward=outcome.reward, termination=outcome.termination)
+            return after, chunk
+        seen = self.heads.see(after.seen, latent, frames, packed, self.codec)
+        outcome = self.heads(after.latent, latent if seen is None else seen, packed)
+        return replace(after, seen=seen), replace(
+            chunk, reward=outcome.reward, termination=outcome.termination
+        )
 
     def _told(self, state: WorldState, action: Any, guidance: float = 0.0) -> WorldState:
         """The sessions under the prompts of ``action``, and with a past under the empty one where guidance asks for it."""

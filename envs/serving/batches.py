@@ -82,6 +82,7 @@ def page_bytes(state: WorldState) -> int:
 def held_bytes(state: WorldState) -> int:
     """Bytes that a state keeps alive."""
     others = [state.noisy, state.latent, state.context.u, *state.codec.values()]
+    others += [] if state.seen is None else [state.seen]
     return page_bytes(state) + sum(t.untyped_storage().nbytes() for t in others)
 
 

@@ -29,7 +29,8 @@ from worldmodel.sampling import Sampling
 from worldmodel.training.codec import encode_dataset, load_latents
 from worldmodel.training.episodes import Episode, EpisodeDataset, episode_path, save_episode
 from worldmodel.training.finetune import Finetune, add_adapters, finetune, merge_adapters, with_actions
-from worldmodel.training.flow import FlowStage, HeadsTraining, Latents
+from worldmodel.training.flow import FlowStage, Latents
+from worldmodel.training.heads import HeadsTraining
 from worldmodel.training.loop import Interrupted, LoopConfig
 from worldmodel.training.parallel import Ranks
 from worldmodel.world import WorldModel

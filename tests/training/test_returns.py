@@ -6,7 +6,8 @@ import torch
 from gymnasium import spaces
 
 from worldmodel.training.codec import LatentEpisode
-from worldmodel.training.flow import HeadsStage, HeadsTraining, Latents
+from worldmodel.training.flow import Latents
+from worldmodel.training.heads import HeadsStage, HeadsTraining
 from worldmodel.training.loop import LoopConfig
 from worldmodel.training.returns import returns_to_go, worth_imitating
 

@@ -23,7 +23,8 @@ from worldmodel.training.collect import CollectConfig, PolicyShare, collect
 from worldmodel.training.episodes import EpisodeDataset
 from worldmodel.training.evaluate import evaluate, held_out_clips, summary
 from worldmodel.training.export import train_world
-from worldmodel.training.flow import FlowStage, FlowTraining, HeadsTraining, Latents
+from worldmodel.training.flow import FlowStage, FlowTraining, Latents
+from worldmodel.training.heads import HeadsTraining
 from worldmodel.training.loop import LoopConfig
 from worldmodel.training.measure import EvaluateConfig, interval, psnr, r_squared, ssim
 from worldmodel.training.probes import pendulum_angle, pendulum_perturbed, pendulum_true_angle, wrap

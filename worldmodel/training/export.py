@@ -19,7 +19,8 @@ from worldmodel.heads import Heads
 from worldmodel.training.codec import encode_dataset, load_latents, load_trained_codec, train_codec
 from worldmodel.training.episodes import EpisodeDataset, split_indices
 from worldmodel.training.evaluate import git_revision
-from worldmodel.training.flow import Latents, train_flow, train_heads
+from worldmodel.training.flow import Latents, train_flow
+from worldmodel.training.heads import train_heads
 from worldmodel.training.parallel import ALONE, Ranks
 from worldmodel.training.pictures import Pictures
 from worldmodel.training.recipes import Recipe, Round, round_folder

@@ -35,7 +35,8 @@ from worldmodel.training.datasets import converted
 from worldmodel.training.episodes import EpisodeDataset, split_indices
 from worldmodel.training.evaluate import git_revision
 from worldmodel.training.export import bank_of_starts
-from worldmodel.training.flow import FlowStage, FlowTraining, HeadsTraining, Latents, gathered, train_heads
+from worldmodel.training.flow import FlowStage, FlowTraining, Latents, gathered
+from worldmodel.training.heads import HeadsTraining, train_heads
 from worldmodel.training.loop import LoopConfig, Run
 from worldmodel.training.parallel import ALONE, Ranks
 from worldmodel.training.pictures import Pictures

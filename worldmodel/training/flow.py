@@ -27,12 +27,9 @@ from worldmodel.errors import ConfigError, DataError
 from worldmodel.flow.affine import LOG_2PI
 from worldmodel.flow.denoiser import SCORE_SCALE, Denoiser
 from worldmodel.flow.flow import Density, Flow, FlowConfig
-from worldmodel.heads import PIXEL_RANGE, EyeConfig, Heads, HeadsConfig
-from worldmodel.training.codec import OBSERVED_FLOOR, LatentEpisode
+from worldmodel.training.codec import LatentEpisode
 from worldmodel.training.loop import LoopConfig, Run
 from worldmodel.training.parallel import ALONE, Ranks, whole
-from worldmodel.training.pictures import Pictures
-from worldmodel.training.returns import returns_to_go, worth_imitating
 
 
 @dataclass(frozen=True)
@@ -77,36 +74,6 @@ class FlowTraining:
             raise ConfigError(f"length is {self.length}, expected 2 to the window of {self.model.window}")
         if not 0 <= self.motion <= 1:
             raise ConfigError(f"motion is {self.motion}, expected a share of 0 to 1")
-
-
-@dataclass(frozen=True)
-class HeadsTraining:
-    """noise: standard deviation added to the latents, as what the denoiser leaves. discount: a chunk, of a value head,
-    which comes with a prior over actions (`worldmodel.heads.Ahead`); None for neither. Others as in `FlowTraining`.
-
-    eye: the heads read real frames with it, noise then being in units of 64 grey levels, and decoded ones later. swap:
-    share of the chunks that an eye sees before another episode's scenery, so that none is known by its scenery; for
-    cameras that stand still. observed: weight of how well an eye's features tell the simulator's own observation, by a map
-    that is dropped after training; 0 where the episodes hold none.
-    """
-
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=6_000, lr=1e-3))
-    width: int = 192
-    batch: int = 512
-    noise: float = 0.03
-    discount: float | None = None
-    eye: EyeConfig | None = None
-    swap: float = 0.0
-    observed: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError for values that cannot be used."""
-        if not 0 <= self.swap <= 1 or self.observed < 0:
-            raise ConfigError(
-                f"swap is {self.swap} and observed {self.observed}, expected 0 to 1 and at least 0"
-            )
-        if self.eye is None and (self.swap or self.observed):
-            raise ConfigError("swap and observed are for heads with an eye; give one, or set both to 0")
 
 
 @dataclass(frozen=True)
@@ -318,117 +285,3 @@ def train_flow(
     made = new_parts(config, packed)
     gathered(stage.parts, made)
     return made, run
-
-
-class HeadsStage:
-    """One training step of the heads: squared error of the standardised reward plus cross-entropy of termination; with
-    value and prior, plus the squared errors of the standardised return-to-go and of the next packed action (whose
-    minimum is a one-hot action's probabilities).
-    """
-
-    def __init__(
-        self,
-        config: HeadsTraining,
-        data: Latents,
-        heads: Heads | None = None,
-        pictures: Pictures | None = None,
-    ) -> None:
-        """``heads`` are trained further where given, else new ones, standardised on the data's rewards. ``pictures``: of
-        the same chunks as ``data``, for heads with an eye.
-        """
-        torch.manual_seed(config.loop.seed)
-        self.config, self.data, self.pictures = config, data, pictures
-        if heads is None:
-            size = data.latents[0].numel()
-            heads = Heads(HeadsConfig(size, data.packed.shape[1], config.width, config.discount, config.eye))
-            std, mean = torch.std_mean(data.rewards)
-            heads.reward_mean.copy_(mean)
-            heads.reward_std.copy_(std.clamp_min(1e-6))
-        self.heads = heads.requires_grad_(True)
-        self.readout: nn.Module | None = None
-        if heads.eye is not None:
-            if pictures is None or len(pictures.episode) != len(data.rewards):
-                raise DataError("heads with an eye learn from the frames of the same chunks as the latents")
-            if config.observed and pictures.observations.shape[1]:
-                width, numbers = heads.config.width, pictures.observations.shape[1]
-                hidden = nn.Linear(heads.eye.config.features, width)
-                self.readout = nn.Sequential(hidden, nn.SiLU(), nn.Linear(width, numbers))
-        self.places = data.places(2) + 1
-        discount = heads.config.discount
-        if discount is not None:
-            self.values, self.known = returns_to_go(data.rewards, data.terminated, data.lengths, discount)
-            self.imitated = worth_imitating(data.rewards, data.lengths)
-            std, mean = torch.std_mean(self.values[self.known])
-            heads.value_mean.copy_(mean)
-            heads.value_std.copy_(std.clamp_min(1e-6))
-
-    @property
-    def module(self) -> nn.Module:
-        """The heads, with what reads observations off an eye where there is one."""
-        return self.heads if self.readout is None else nn.ModuleList([self.heads, self.readout])
-
-    def _seen(self, at: np.ndarray, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
-        """What the heads see of the chunks at places (B,), with noise."""
-        c, heads = self.config, self.heads
-        if heads.eye is None:
-            latent = self.data.latents[torch.from_numpy(at)]
-            return latent + c.noise * torch.randn(latent.shape, generator=generator)
-        assert self.pictures is not None
-        frames = self.pictures.chunks(at, c.swap, rng).float()
-        frames = frames + c.noise * PIXEL_RANGE * torch.randn(frames.shape, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            return heads.eye(frames).float()
-
-    def backward(
-        self, rng: np.random.Generator, generator: torch.Generator, progress: float
-    ) -> Mapping[str, float | Tensor]:
-        """Metrics: loss, reward (unexplained share of its variance), termination (nats); with a discount also value
-        (unexplained share) and prior (squared error of the packed action); with an eye's readout observed (unexplained
-        share).
-        """
-        c, heads, data = self.config, self.heads, self.data
-        places = rng.choice(self.places, size=c.batch)
-        at = torch.from_numpy(places)
-        previous = data.latents[at - 1]
-        previous = previous + c.noise * torch.randn(previous.shape, generator=generator)
-        seen = self._seen(places, rng, generator)
-        reward, logit = heads.raw(previous, seen, data.packed[at]).unbind(1)
-        wanted = (data.rewards[at] - heads.reward_mean) / heads.reward_std
-        squared = F.mse_loss(reward, wanted)
-        ended = F.binary_cross_entropy_with_logits(logit, data.terminated[at].float())
-        parts = {"reward": squared, "termination": ended}
-        if heads.config.discount is not None:
-            value, prior = heads.raw_ahead(seen)
-            aim = (self.values[at] - heads.value_mean) / heads.value_std
-            parts["value"] = _mean_where(self.known[at], (value - aim).square())
-            following = data.packed[(at + 1).clamp_max(len(data.packed) - 1)]
-            parts["prior"] = _mean_where(self.imitated[at], (prior - following).square().sum(1))
-        loss = torch.stack(list(parts.values())).sum()
-        if self.readout is not None and self.pictures is not None:
-            missed = (self.readout(seen) - self.pictures.observations[at]).square().mean(0)
-            loss = loss + c.observed * 0.5 * torch.log(missed + OBSERVED_FLOOR).mean()
-            parts["observed"] = missed.mean()
-        loss.backward()
-        return {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
-
-
-def _mean_where(mask: Tensor, values: Tensor) -> Tensor:
-    return (values * mask).sum() / mask.sum().clamp_min(1)
-
-
-def train_heads(
-    config: HeadsTraining,
-    data: Latents,
-    folder: Path,
-    heads: Heads | None = None,
-    pictures: Pictures | None = None,
-) -> tuple[Heads, Run]:
-    """Train reward and termination heads, new ones or ``heads``, or continue; returns them with averaged weights.
-
-    Raises:
-        DataError: heads with an eye without the ``pictures`` of the same chunks.
-    """
-    stage = HeadsStage(config, data, heads, pictures)
-    run = Run(stage, config.loop, folder)
-    run.fit("heads")
-    return stage.heads, run

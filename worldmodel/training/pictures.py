@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from worldmodel.codec.base import Codec
 from worldmodel.errors import DataError
-from worldmodel.training.codec import standardised
 from worldmodel.training.episodes import Episode, EpisodeDataset
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ SCENERY_FRAMES = 15
 class Pictures:
     """Chunks by their place in episodes that lie end to end, as in `worldmodel.training.flow.Latents`.
 
-    observations: (S, D) float32, the simulator's own at the end of each chunk, standardised and cut off; D may be 0.
+    observations: (S, D) float32, the simulator's own at the end of each chunk; D may be 0.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class Pictures:
             if kind
         ]
         ends = [e.observations[frame_skip::frame_skip].reshape(len(e.rewards), -1) for e in episodes]
-        self.observations = torch.from_numpy(standardised(np.concatenate(ends)))
+        self.observations = torch.from_numpy(np.concatenate(ends).astype(np.float32))
 
     @classmethod
     @torch.no_grad()
@@ -71,18 +70,20 @@ class Pictures:
         decoded = [codec.decode(part[None], codec.initial_state(1))[0][0].numpy() for part in bar]
         return cls(episodes, splits[0].frame_skip, decoded)
 
-    def chunks(self, at: np.ndarray, swap: float, rng: np.random.Generator) -> Tensor:
-        """(B, F, height, width, 3) uint8 at places (B,); a share ``swap`` of them before another episode's scenery."""
+    def windows(self, at: np.ndarray, length: int, swap: float, rng: np.random.Generator) -> Tensor:
+        """``length`` chunks (B, T, F, height, width, 3) uint8 from places (B,) on; a share ``swap`` of the windows before
+        another episode's scenery.
+        """
         drawn = []
         for place in at:
             kind = int(rng.integers(len(self.scenery)))
             every, still = self.frames[kind], self.scenery[kind]
             index, first = int(self.episode[place]), self.frame_skip * int(self.chunk[place])
-            frames = every[index][first : first + self.frame_skip]
+            frames = every[index][first : first + length * self.frame_skip]
             if rng.random() < swap:
                 other = still[rng.integers(len(still))]
                 frames = np.where(in_front(frames, still[index])[..., None], frames, other)
-            drawn.append(frames)
+            drawn.append(frames.reshape(length, self.frame_skip, *frames.shape[1:]))
         return torch.from_numpy(np.stack(drawn))
 
 

@@ -15,7 +15,8 @@ from worldmodel.training.codec import CodecTraining, lunarlander_codec, pendulum
 from worldmodel.training.collect import CollectConfig, restless_pendulum
 from worldmodel.training.collect import lunarlander as lunarlander_collection
 from worldmodel.training.collect import pendulum as pendulum_collection
-from worldmodel.training.flow import FlowTraining, HeadsTraining
+from worldmodel.training.flow import FlowTraining
+from worldmodel.training.heads import HeadsTraining
 from worldmodel.training.loop import LoopConfig
 
 
@@ -186,7 +187,7 @@ def lunarlander() -> Recipe:
             batch=128,
             noise=0.03,
             discount=0.98,
-            eye=EyeConfig(),
+            eye=EyeConfig(memory=160),
             swap=0.7,
             observed=0.5,
         ),
