@@ -9,6 +9,7 @@ from agents.counterfactual import Counterfactual, counterfactual
 from agents.drawing import draw_plan
 from agents.mpc import MPCAgent
 from agents.objectives import (
+    BehaviourPenalty,
     Custom,
     GoalLikelihood,
     LatentDistance,
@@ -28,6 +29,7 @@ __all__ = [
     "ActionPosterior",
     "AnomalyMonitor",
     "AnomalyRecord",
+    "BehaviourPenalty",
     "Clip",
     "Counterfactual",
     "Custom",

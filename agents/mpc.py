@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
 
 from agents.actions import Actions, batch_of_one, take
 from agents.beliefs import Belief
-from agents.objectives import Moment, Objective, PredictedReward, TerminalValue
+from agents.objectives import BehaviourPenalty, Moment, Objective, PredictedReward, TerminalValue
 from agents.planners import Plan, Planner
 from agents.proposals import propose_behaviour
 from worldmodel import InputError, WorldModel, WorldState
+
+HORIZON = 2
+"""Chunks that are imagined before a world's value takes over."""
 
 
 class MPCAgent:
@@ -41,20 +45,27 @@ class MPCAgent:
         self._seed, self._chunks = 0, 0
 
     @classmethod
-    def informed(cls, world: WorldModel, planner: Planner | None = None) -> Self:
+    def informed(
+        cls, world: WorldModel, planner: Planner | None = None, horizon: int | None = HORIZON
+    ) -> Self:
         """With all that the world has learned about acting: predicted reward alone, or, where its heads foresee more,
-        discounted and with its value behind the plan, and with its prior's sequences as a quarter of the candidates.
+        discounted, with its value behind the plan, a penalty for what its prior would not do, and the prior's sequences as
+        a quarter of the candidates. Plans are then at most ``horizon`` chunks long, since the value knows the rest; None
+        for the planner's own horizon.
         """
         planner = planner or Planner()
         if world.heads is None or world.heads.config.discount is None:
             return cls(world, planner)
+        if horizon is not None and horizon < planner.search.horizon:
+            planner = replace(planner, search=replace(planner.search, horizon=horizon))
         count, horizon = math.ceil(planner.search.candidates / 4), planner.search.horizon
 
         def proposals(state: WorldState, seed: int) -> Actions:
             rng = np.random.default_rng((seed, 1))
             return propose_behaviour(world, state, count, horizon, rng, sampling=planner.sampling)
 
-        objective = PredictedReward(world.heads.config.discount) + TerminalValue.of(world)
+        worth = PredictedReward(world.heads.config.discount) + TerminalValue.of(world)
+        objective = worth + BehaviourPenalty.of(world)
         return cls(world, planner, objective, proposals)
 
     def reset(self, frames: np.ndarray, seed: int = 0) -> None:

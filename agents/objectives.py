@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from agents.actions import Actions, take
+from agents.proposals import unlike_behaviour
 from worldmodel import Chunk, InputError, WorldModel, WorldState
 
 
@@ -315,6 +316,40 @@ class TerminalValue(Objective):
         ahead: Any = function(moment.chunk.latent) if function else moment.world.ahead(moment.after).value
         ahead = torch.as_tensor(ahead, dtype=torch.float64).cpu()
         return self.discount**moment.horizon * survival_after(moment.survival, moment.chunk) * ahead
+
+
+NAT = 1 / 16
+"""What a nat off the prior costs a plan, in standard deviations of the world's values."""
+
+
+@dataclass(frozen=True)
+class BehaviourPenalty(Objective):
+    """Minus ``weight * discount ** step`` a nat by which an action is less probable than the most probable one under the
+    world's prior, while the episode runs: KL-regularised control (arXiv 1805.00909, sec. 3.1). It keeps a plan where the
+    training episodes told how things go on, unless much is to be had elsewhere.
+    """
+
+    weight: float
+    discount: float = 1.0
+
+    @classmethod
+    def of(cls, world: WorldModel, nat: float = NAT) -> BehaviourPenalty:
+        """``nat``: of a nat, in standard deviations of the world's values.
+
+        Raises:
+            InputError: the world has no prior.
+        """
+        heads = world.heads
+        if heads is None or heads.config.discount is None:
+            raise InputError(
+                f"world {world.spec.name} has no prior over actions; train its heads with a discount"
+            )
+        return cls(nat * float(heads.value_std), heads.config.discount)
+
+    def value(self, moment: Moment) -> Tensor:
+        """See the class."""
+        nats = torch.from_numpy(unlike_behaviour(moment.world, moment.before, moment.actions))
+        return -self.weight * self.discount**moment.step * moment.survival * nats
 
 
 @dataclass(frozen=True)

@@ -136,18 +136,25 @@ class Memory(nn.Module):
     def __init__(self, config: EyeConfig, packed: int, width: int) -> None:
         super().__init__()
         self.read = nn.Linear(config.features + packed, width)
-        self.cell = nn.GRUCell(width, config.memory)
+        self.unit = nn.GRU(width, config.memory, batch_first=True)
         self.register_buffer("mean", torch.zeros(config.features))
         self.register_buffer("std", torch.ones(config.features))
 
-    def enter(self, features: Tensor, packed: Tensor) -> Tensor:
-        """Standardised features (..., X) and the packed action (..., P) that led to them, as the unit reads them."""
-        return F.silu(self.read(torch.cat((features, packed), dim=-1)))
+    def standardised(self, features: Tensor) -> Tensor:
+        """Features (..., X) as `through` reads them."""
+        return (features - self.mean) / self.std
+
+    def through(self, standardised: Tensor, packed: Tensor, before: Tensor) -> Tensor:
+        """Windows of standardised features (B, T, X), of the packed actions (B, T, P) that led to them, and what was
+        remembered before (B, M), to what is remembered after each chunk (B, T, M).
+        """
+        read = F.silu(self.read(torch.cat((standardised, packed), dim=2)))
+        remembered: Tensor = self.unit(read, before[None])[0]
+        return remembered
 
     def forward(self, features: Tensor, packed: Tensor, before: Tensor) -> Tensor:
-        """Features (B, X), actions (B, P) and what was remembered before (B, M) to what is now (B, M)."""
-        remembered: Tensor = self.cell(self.enter((features - self.mean) / self.std, packed), before)
-        return remembered
+        """One chunk: features (B, X), actions (B, P) and what was remembered before (B, M) to what is now (B, M)."""
+        return self.through(self.standardised(features)[:, None], packed[:, None], before)[:, 0]
 
 
 class Outcome(NamedTuple):

@@ -260,12 +260,11 @@ class MemoryStage:
         assert memory is not None
         places, inside = self._windows(rng)
         copy = torch.from_numpy(rng.integers(c.memory.copies, size=len(places)))[:, None]
-        features = (self.features[copy, places].float() - memory.mean) / memory.std
+        features = memory.standardised(self.features[copy, places].float())
         features = features + c.memory.noise * torch.randn(features.shape, generator=generator)
-        kept = [torch.zeros(len(places), heads.config.seen)]
-        for entered in memory.enter(features, self.data.packed[places]).unbind(1):
-            kept.append(memory.cell(entered, kept[-1]))
-        seen, at = torch.stack(kept[1:], dim=1)[inside], places[inside]
+        nothing = torch.zeros(len(places), heads.config.seen)
+        seen = memory.through(features, self.data.packed[places], nothing)[inside]
+        at = places[inside]
         parts = self.aims.outcome(heads.raw(seen[:, :0], seen, self.data.packed[at]), at)
         loss = torch.zeros(())
         known = None
