@@ -12,11 +12,13 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from agents.actions import take
 from agents.beliefs import first_belief
 from agents.evaluation.trial import Numbers, Progress, TrialConfig, camera, mean_of, real_env, resampled, walk
 from agents.mpc import MPCAgent
 from agents.objectives import PredictedReward
 from agents.planners import Planner, imagine
+from agents.proposals import propose_behaviour
 from agents.search import search_actions
 from envs import ChunkedEnv
 from worldmodel import WorldModel
@@ -56,6 +58,23 @@ def with_the_world(world: WorldModel, planner: Planner, env: ChunkedEnv, seed: i
         return action
 
     return {**play(env, seed, chunks, act), "seconds": float(np.median(seconds))}
+
+
+def with_the_prior(world: WorldModel, seed: int) -> Act:
+    """The world's prior alone, which plans nothing: its most probable action after what was observed."""
+    agent, taken = MPCAgent(world), list[Any]()
+
+    def act(_: ChunkedEnv, frames: np.ndarray) -> Any:
+        if taken:
+            agent.observe(frames, taken[-1])
+        else:
+            agent.reset(frames, seed)
+        assert agent.state is not None
+        proposal = propose_behaviour(world, agent.state, 1, 1, np.random.default_rng(seed))
+        taken.append(take(take(proposal, 0), 0))
+        return taken[-1]
+
+    return act
 
 
 def at_random(seed: int) -> Act:
@@ -153,7 +172,7 @@ def episode_chunks(env: ChunkedEnv, config: TrialConfig) -> int:
 
 def evaluate_planning(world: WorldModel, config: TrialConfig, progress: Progress) -> Numbers:
     """Mean returns on the same held-out starts: planned in the world from pixels, with the simulator's own knowledge
-    (true dynamics, or the environment's heuristic), and at random.
+    (true dynamics, or the environment's heuristic), at random, and by the world's prior without planning, if it has one.
     """
     env, planner, name = real_env(world), Planner.preset(config.preset), camera(world).env
     chunks = episode_chunks(env, config)
@@ -170,6 +189,8 @@ def evaluate_planning(world: WorldModel, config: TrialConfig, progress: Progress
             return play(env, seed, chunks, agent[1])
 
         ways = {first[0]: inside, **ways}
+    if world.heads is not None and world.heads.config.discount is not None:
+        ways["prior"] = lambda seed: play(env, seed, chunks, with_the_prior(world, seed))
     for way, run in ways.items():
         episodes = progress.each(f"{way} plays {name}", config.seeds, run)
         returns = [e["return"] for e in episodes]
@@ -257,7 +278,7 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float:
 
 def plot_planning(axes: Any, numbers: Numbers) -> None:
     """Returns of every start by way of acting."""
-    ways = [w for w in ("true_dynamics", "heuristic", "world", "random") if w in numbers]
+    ways = [w for w in ("true_dynamics", "heuristic", "world", "prior", "random") if w in numbers]
     for place, way in enumerate(ways):
         returns, mean = numbers[way]["returns"], numbers[way]["mean_return"]
         axes.scatter(np.full(len(returns), place), returns, s=12, alpha=0.5)

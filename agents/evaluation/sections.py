@@ -74,6 +74,7 @@ SECTIONS: dict[str, Section] = {
             "world/mean_return",
             "true_dynamics/mean_return",
             "heuristic/mean_return",
+            "prior/mean_return",
             "random/mean_return",
             "share_of_the_lead",
             "world/seconds_a_plan",

@@ -122,7 +122,6 @@ def test_the_true_dynamics_are_the_simulator(world: WorldModel) -> None:
 
 
 def test_the_heuristic_sees_what_lunar_lander_says() -> None:
-    pytest.importorskip("Box2D")
     env = gymnasium.make("LunarLander-v3")
     env.reset(seed=1)
     for action in (0, 2, 1, 3, 2):
