@@ -9,7 +9,7 @@ import typer
 World = Annotated[
     str,
     typer.Argument(
-        help="A world that ships with the package (pendulum), a world directory, apple/starflow-v, or apple/starflow "
-        "(pictures)."
+        help="A world that ships with the package (pendulum, lunarlander), a world directory, apple/starflow-v, or "
+        "apple/starflow (pictures)."
     ),
 ]

@@ -12,7 +12,8 @@ import typer
 DEFAULT_KEYS = Path("~/.config/worldmodel/keys")
 
 World = Annotated[
-    str, typer.Argument(help="A world that ships with the package (pendulum), or a world directory.")
+    str,
+    typer.Argument(help="A world that ships with the package (pendulum, lunarlander), or a world directory."),
 ]
 KeyFolder = Annotated[Path, typer.Option("--keys", help="The key store, a directory.")]
 

@@ -14,7 +14,10 @@ from worldmodel.cli_arguments import World
 
 def collect(
     recipe: Annotated[
-        str, typer.Argument(help="A recipe (pendulum), a recipe file, or the id of a Gymnasium environment.")
+        str,
+        typer.Argument(
+            help="A recipe (pendulum, lunarlander), a recipe file, or the id of a Gymnasium environment."
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="Where to; default data/NAME.")] = None,
     episodes: Annotated[int | None, typer.Option(help="How many episodes.")] = None,
@@ -64,7 +67,7 @@ def _share(text: str) -> tuple[str, float]:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe (pendulum), or a recipe file.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe (pendulum, lunarlander), or a recipe file.")],
     data: Annotated[Path | None, typer.Option(help="The episodes; default data/NAME.")] = None,
     run: Annotated[Path | None, typer.Option(help="Checkpoints and logs; default runs/NAME.")] = None,
     out: Annotated[Path | None, typer.Option(help="The world directory; default RUN/world.")] = None,

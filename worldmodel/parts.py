@@ -56,7 +56,7 @@ class WorldParts:
     def load(
         cls, name: str | Path, device: torch.device | str = "cpu", prompt_cache: Path | None = None
     ) -> Self:
-        """A world that ships with the package ("pendulum"), a world directory, or a published model.
+        """A world that ships with the package ("pendulum", "lunarlander"), a world directory, or a published model.
 
         A published model is "apple/starflow-v", "apple/starflow" (pictures), or a directory with its ``.pth``; it is
         converted once, see `worldmodel.published`.

@@ -148,11 +148,11 @@ def pendulum() -> Recipe:
 
 
 def lunarlander() -> Recipe:
-    """LunarLander-v3 at 64 x 64; about three and a quarter hours on 2 CPU cores.
+    """LunarLander-v3 at 64 x 64; about three and a half hours on 2 CPU cores.
 
     The lander is 3 pixels tall: what the first codec's pictures keep of its tilt is lost in noise; the second one's keep
     it. The heads read the decoded picture, since what reads flat latents, the codec's linear map too, learns the terrain of
-    the training episodes by heart.
+    the training episodes by heart; and they remember, since no chunk alone tells how fast the lander turns.
     """
     codec = lunarlander_codec()
     flow = FlowTraining(
