@@ -72,6 +72,12 @@ def test_ppo_in_imagination(of_pendulum: str, tmp_path: Path) -> None:
     assert (tmp_path / "runs/ppo_in_imagination/policy.safetensors").stat().st_size > 0
 
 
+def test_land_lunarlander(tmp_path: Path) -> None:
+    output = run("land_lunarlander.py", tmp_path, "--chunks", "3")
+    assert "after 3 chunks" in output
+    assert (tmp_path / "land_lunarlander.mp4").stat().st_size > 0
+
+
 def test_plan_pendulum(of_pendulum: str, tmp_path: Path) -> None:
     pytest.importorskip("pygame")
     output = run("plan_pendulum.py", tmp_path, "--world", of_pendulum, "--episodes", "1", "--chunks", "3")

@@ -36,7 +36,7 @@ from worldmodel.training.episodes import EpisodeDataset, split_indices
 from worldmodel.training.evaluate import git_revision
 from worldmodel.training.export import bank_of_starts
 from worldmodel.training.flow import FlowStage, FlowTraining, Latents, gathered
-from worldmodel.training.heads import HeadsTraining, train_heads
+from worldmodel.training.heads import HeadsTraining, MemoryTraining, train_heads
 from worldmodel.training.loop import LoopConfig, Run
 from worldmodel.training.parallel import ALONE, Ranks
 from worldmodel.training.pictures import Pictures
@@ -64,7 +64,10 @@ class Finetune:
 
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=2_000, lr=3e-4, warmup=50))
     heads: HeadsTraining = field(
-        default_factory=lambda: HeadsTraining(LoopConfig(steps=1_000, lr=5e-4, warmup=50))
+        default_factory=lambda: HeadsTraining(
+            LoopConfig(steps=1_000, lr=5e-4, warmup=50),
+            memory=MemoryTraining(LoopConfig(steps=500, lr=5e-4, warmup=30, weight_decay=0.03, clip=2.0)),
+        )
     )
     lora: int = 16
     batch: int = 16
