@@ -57,7 +57,7 @@ def evaluate_agents(
     """Agents proven in the real environment: planning, inference, counterfactuals, learning in imagination, anomalies.
 
     Every section is kept in OUT/sections with its finished parts: kill it at any moment and run the same command again.
-    About an hour and a half on one CPU core.
+    Under half an hour on one CPU core.
     """
     from agents.evaluation.sections import evaluate_agents as run
     from agents.evaluation.sections import summary
