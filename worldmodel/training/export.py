@@ -170,7 +170,10 @@ def bank_of_starts(dataset: EpisodeDataset, count: int, chunks: int, seed: int) 
 
 def model_card(spec: WorldSpec) -> str:
     """README.md of a world directory."""
-    quality = spec.quality["codec"]
+    quality, heads, told = spec.quality["codec"], spec.heads, ""
+    if heads is not None and heads.observed:
+        told = f"""* Its heads learned from the simulator's observation ({heads.observed} numbers) too, and tell it now by pixels alone.
+"""
     return f"""# {spec.name}
 
 A causal normalizing-flow world model (STARFlow-V, arXiv 2511.20462) of `{spec.environment.get("env")}`, trained on
@@ -183,7 +186,7 @@ A causal normalizing-flow world model (STARFlow-V, arXiv 2511.20462) of `{spec.e
 * Made by `worldmodel collect {spec.name}` and `worldmodel train {spec.name}`; the whole recipe is in `world.json`.
 * Codec on held-out chunks: {quality["psnr"]:.1f} dB. All other figures: `worldmodel evaluate {spec.name}`.
 * Likelihoods are of the noised latent (noise {spec.flow.noise_std}), in nats per chunk; not of pixels.
-* Limits: it knows one environment, seen from one camera, with the actions and speeds of its training episodes.
+{told}* Limits: it knows one environment, seen from one camera, with the actions and speeds of its training episodes.
 
 Licence: MIT, like the package.
 """
