@@ -172,8 +172,8 @@ def model_card(spec: WorldSpec) -> str:
     """README.md of a world directory."""
     quality, heads, told = spec.quality["codec"], spec.heads, ""
     if heads is not None and heads.observed:
-        told = f"""* Its heads learned from the simulator's observation ({heads.observed} numbers) too, and tell it now by pixels alone.
-"""
+        numbers = f"{heads.observed} numbers"
+        told = f"* Its heads learned from the simulator's observation ({numbers}) too, and tell it now by pixels alone.\n"
     return f"""# {spec.name}
 
 A causal normalizing-flow world model (STARFlow-V, arXiv 2511.20462) of `{spec.environment.get("env")}`, trained on
