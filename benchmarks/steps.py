@@ -196,7 +196,8 @@ def stage_flops(world: WorldModel, state: WorldState, action: Any) -> dict[str, 
 
 
 def deep_share(world: WorldModel, batches: Sequence[int], repeats: int) -> list[Row]:
-    """FLOP/s of the deep block, frame by frame, as a share of the best float32 matrix product, taken in turns with it.
+    """FLOP/s of the deep block, frame by frame, as a share of the best float32 matrix product (of packed weights), and of
+    torch's own, taken in turns with both.
 
     Sessions of their own read a past each; branches of one state share it.
     """
@@ -218,9 +219,14 @@ def deep_share(world: WorldModel, batches: Sequence[int], repeats: int) -> list[
             def invert(context: Any = context, w: Tensor = w, features: Tensor | None = features) -> None:
                 deep.invert(context, w, features, 0.0, features is not None)
 
-            times = interleaved({"deep": invert, "product": partial(product, square)}, repeats, "deep share")
-            rate = flops(invert) / float(np.median(times["deep"])) / 1e9
-            peak = 2 * n**3 / float(np.median(times["product"])) / 1e9
+            ways: dict[str, Callable[[], Any]] = {
+                "deep": invert,
+                "product": partial(product, square),
+                "plain": partial(torch.mm, square, square),
+            }
+            median = {way: float(np.median(t)) for way, t in interleaved(ways, repeats, "deep share").items()}
+            rate = flops(invert) / median["deep"] / 1e9
+            peak, plain = (2 * n**3 / median[way] / 1e9 for way in ("product", "plain"))
             rows.append(
                 {
                     "batch": batch,
@@ -228,6 +234,7 @@ def deep_share(world: WorldModel, batches: Sequence[int], repeats: int) -> list[
                     "GFLOP/s": rate,
                     "peak GFLOP/s": peak,
                     "share of peak": rate / peak,
+                    "of torch.mm": rate / plain,
                 }
             )
     return rows
