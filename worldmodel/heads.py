@@ -259,6 +259,19 @@ class Heads(nn.Module):
         return both[:, 0], both[:, 1:]
 
     @torch.no_grad()
+    def observation(self, seen: Tensor) -> Tensor:
+        """The simulator's observation after what was seen (`WorldState.seen`), as pixels tell it: (B, D), in its own units.
+
+        Raises:
+            InputError: heads that tell none.
+        """
+        if self.tell is None:
+            raise InputError(
+                "this world's heads tell no observation; train them with a memory, on episodes that hold one"
+            )
+        return with_rows(MATRIX_ROWS, self.tell, seen).float() * self.observation_std + self.observation_mean
+
+    @torch.no_grad()
     def ahead(self, seen: Tensor) -> Ahead:
         """See `Ahead` and `see`. Raises InputError as `raw_ahead`."""
         value, prior = (

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worldmodel.errors import ConfigError, DataError
+from worldmodel.errors import ConfigError, DataError, InputError
 from worldmodel.heads import EyeConfig, Heads
 from worldmodel.training.episodes import Episode
 from worldmodel.training.flow import Latents
@@ -158,8 +158,7 @@ def test_a_memory_learns_what_one_chunk_does_not_tell(tmp_path: Path) -> None:
     data, pictures = recalled(fresh), Pictures(fresh, 4)
     with torch.no_grad():
         seen, reward = told_by(heads, data, pictures)
-        assert heads.tell is not None and heads.config.observed == 2
-        told = heads.tell(seen) * heads.observation_std + heads.observation_mean
+        told = heads.observation(seen)
         _, prior = heads.ahead(seen)
     assert float((reward - data.rewards).square().mean() / data.rewards.var()) < 0.4
     assert float((told - pictures.observations).square().mean() / pictures.observations.var()) < 0.2
@@ -185,6 +184,8 @@ def test_a_memory_without_observations_is_read_itself(tmp_path: Path) -> None:
     assert heads.config.observed == 0 and heads.tell is None
     seen, _ = told_by(heads.requires_grad_(False), latents_of(blind), Pictures(blind, 4))
     assert heads.ahead(seen).value.shape == (60,)
+    with pytest.raises(InputError, match="tell no observation"):
+        heads.observation(seen)
     seeing = [flight(i) for i in range(6)]
     told, _ = train_heads(config, latents_of(seeing), tmp_path / "told", pictures=Pictures(seeing, 4))
     train_heads(config, latents_of(blind), tmp_path / "blind", told, Pictures(blind, 4))

@@ -39,14 +39,14 @@ class Watched(NamedTuple):
 @pytest.fixture(scope="module")
 def watched(world: WorldModel) -> list[Watched]:
     env, heads, episodes = real_env(world), world.heads, []
-    assert heads is not None and heads.tell is not None
+    assert heads is not None
     for seed in range(SEED, SEED + 8):
         walked = walk(env, camera(world), seed, 100)
         state, _ = world.observe(world.initial_state([seed]), walked.first[None])
         told, ending, decoded = [], [], []
         for frames, action in zip(walked.frames, walked.actions, strict=True):
             state, chunk = world.observe(state, frames[None], np.array([action]))
-            told.append(heads.tell(state.seen)[0] * heads.observation_std + heads.observation_mean)
+            told.append(heads.observation(state.seen)[0])
             ending.append(float(chunk.termination))
             decoded.append(world.codec.decode(state.latent[:, None], {})[0][0].numpy())
         ended = np.arange(len(ending)) == len(ending) - 1
