@@ -7,6 +7,8 @@ The world observes every real chunk, plans two chunks ahead, and lets its own va
 from __future__ import annotations
 
 import argparse
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -16,7 +18,7 @@ from tqdm import tqdm
 from agents import MPCAgent, Planner, imagine
 from agents.evaluation.trial import TrialConfig, real_env
 from agents.objectives import PredictedReward
-from envs.recorder import write_video
+from envs.recorder import CODECS, write_video
 from worldmodel import WorldModel
 
 SCALE, BAND = 5, 20
@@ -31,7 +33,7 @@ def side_by_side(real: np.ndarray, foreseen: np.ndarray, text: str) -> np.ndarra
 
 
 def main() -> None:
-    """Fly one episode, print its return, write the video."""
+    """Fly one episode, print its return, write the video; what was flown until Ctrl-C is kept."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--world", default="lunarlander", help="a world that ships, or a world directory")
     parser.add_argument("--preset", default="fast", help="fast, quality or paper")
@@ -41,22 +43,27 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("land_lunarlander.mp4"), help=".mp4, .webm or .gif")
     options = parser.parse_args()
+    if options.out.suffix not in CODECS:
+        parser.error(f"--out is {options.out}, expected a name that ends in one of {', '.join(CODECS)}")
 
     world = WorldModel.load(options.world)
     env, agent = real_env(world), MPCAgent.informed(world, Planner.preset(options.preset))
     frames, _ = env.reset(seed=options.seed)
     agent.reset(frames, options.seed)
     total, done, video = 0.0, False, list[np.ndarray]()
-    for _ in tqdm(range(options.chunks), desc="flight", unit="chunk"):
-        action = agent.act(frames if video else None)
-        assert agent.state is not None
-        foreseen = imagine(world, agent.state, np.array([[action]]), PredictedReward()).frames[0, 0]
-        frames, reward, terminated, truncated, _ = env.step(action)
-        total, done = total + float(reward), terminated or truncated
-        text = f"really (left), foreseen (right)   action {action}   return {total:.0f}"
-        video += list(side_by_side(frames, foreseen, text))
-        if done:
-            break
+    with suppress(KeyboardInterrupt):
+        for _ in tqdm(range(options.chunks), desc="flight", unit="chunk"):
+            action = agent.act(frames if video else None)
+            assert agent.state is not None
+            foreseen = imagine(world, agent.state, np.array([[action]]), PredictedReward()).frames[0, 0]
+            frames, reward, terminated, truncated, _ = env.step(action)
+            total, done = total + float(reward), terminated or truncated
+            text = f"really (left), foreseen (right)   action {action}   return {total:.0f}"
+            video += list(side_by_side(frames, foreseen, text))
+            if done:
+                break
+    if not video:
+        sys.exit("nothing was flown, so no video was written")
     write_video(options.out, np.stack(video), world.spec.fps)
     print(f"return {total:.0f} after {len(video) // world.chunk_frames} chunks; a video is in {options.out}")
     env.close()

@@ -120,7 +120,7 @@ class HeadsConfig:
 
     @property
     def seen(self) -> int:
-        """X, numbers that an eye keeps of what it saw; 0 without one."""
+        """Numbers that are kept of what an eye saw: M with a memory, else X; 0 without an eye."""
         return 0 if self.eye is None else self.eye.memory or self.eye.features
 
 
@@ -217,7 +217,7 @@ class Heads(nn.Module):
     def see(
         self, before: Tensor | None, latent: Tensor, frames: Tensor, packed: Tensor, codec: Codec
     ) -> Tensor | None:
-        """What is kept of a chunk, as `WorldState.seen`: (B, X), None for heads that read latents.
+        """What is kept of a chunk, as `WorldState.seen`: (B, X), (B, M) with a memory, None for heads that read latents.
 
         ``before``: the same before the chunk. latent (B, C, h, w) and frames (B, F, height, width, 3) uint8 of the chunk,
         or (B, 0, ...) where ``codec`` is to decode it. packed: (B, P) the action that caused it.

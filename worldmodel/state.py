@@ -29,7 +29,7 @@ class WorldState:
     latent. codec: the codec's streaming state, rows on axis 0. seeds, branches, steps: (B,) int64, what the noise is a
     function of; ``steps`` counts the chunks of a session. forks: (B,) int64, how often a branch was forked.
     log_prob: (B,) float64, nats of all chunks since the start. prompts: (B,) captions as given, None in a world without.
-    seen: (B, X) what an eye keeps of the chunks so far, None in a world whose heads have none.
+    seen: (B, `HeadsConfig.seen`) what an eye keeps of the chunks so far, None in a world whose heads have none.
     """
 
     context: Context

@@ -32,7 +32,7 @@ SMALL = 1e-6  # least deviation that anything is standardised by
 
 @dataclass(frozen=True)
 class MemoryTraining:
-    """batch: windows of ``length`` chunks; half of them begin with an episode, half anywhere, and all end with it. noise:
+    """batch: windows of ``length`` chunks, half of which begin with an episode, half anywhere; none goes beyond it. noise:
     standard deviation added to the standardised features. copies: how often the eye looks at each episode, every time at
     frames and scenery drawn anew. observed: weight of how well the memory tells the simulator's observation, which value
     and prior then read (`HeadsConfig.observed`); 0, or episodes that hold none, for a memory that they read themselves.
@@ -214,16 +214,16 @@ class MemoryStage:
     where the memory tells the observation, value and prior learn from the true one.
     """
 
-    def __init__(self, config: HeadsTraining, data: Latents, heads: Heads, pictures: Pictures) -> None:
-        """``heads`` with a memory; one that has nothing yet is standardised on the data."""
+    def __init__(
+        self, config: HeadsTraining, data: Latents, heads: Heads, pictures: Pictures, fresh: bool
+    ) -> None:
+        """``heads`` with a memory; a ``fresh`` one, and the observation that it tells, are standardised on the data."""
         assert heads.eye is not None and heads.memory is not None
         self.config, self.data, self.heads = config, data, heads.requires_grad_(True)
         heads.eye.requires_grad_(False)
         self.features = features_of(heads, pictures, config)
-        every = self.features.flatten(0, 1).float()
-        fresh = bool((heads.memory.mean == 0).all())
         if fresh:
-            std, mean = torch.std_mean(every, dim=0)
+            std, mean = torch.std_mean(self.features.flatten(0, 1).float(), dim=0)
             heads.memory.mean.copy_(mean)
             heads.memory.std.copy_(std + 1e-3)
         self.observations: Tensor | None = None
@@ -338,6 +338,7 @@ def train_heads(
             than these have, or episodes too short for the discount.
     """
     eye = config.eye if heads is None else heads.config.eye
+    fresh = heads is None or heads.memory is None
     if heads is None or heads.memory is None:
         stage = HeadsStage(config, data, heads, pictures)
         run = Run(stage, config.loop, folder)
@@ -355,6 +356,6 @@ def train_heads(
             f"the episodes hold observations of {numbers} numbers, expected {heads.config.observed}, which the world's "
             "memory tells, or none"
         )
-    run = Run(MemoryStage(config, data, heads, pictures), config.memory.loop, folder / "memory")
+    run = Run(MemoryStage(config, data, heads, pictures, fresh), config.memory.loop, folder / "memory")
     run.fit("memory")
     return heads, run
