@@ -40,23 +40,37 @@ def _fits_half(weight: Tensor) -> bool:
     return multiplies_halves() and torch.equal(weight.half().float(), weight)
 
 
-class Packed(nn.Module):
-    """A module whose weight may be packed: at first use, and again in copies; never after it was moved or cast."""
+class Packable(nn.Module):
+    """A module that lays its weights out: at first use, and again in copies; never after it was moved or cast."""
 
-    weight: Tensor
     _waiting = False
-    _kernel: Tensor | None = None
+    _kernel: Any = None
 
     def pack(self) -> None:
-        """Lay the weight out where that serves. It must not change from here on."""
-        w = self.weight
-        frozen = w.device.type == "cpu" and w.dtype == torch.float32 and not w.requires_grad
+        """Lay the weights out where that serves. They must not change from here on."""
+        frozen = all(
+            w.device.type == "cpu" and w.dtype == torch.float32 and not w.requires_grad
+            for w in self.parameters()
+        )
         self._kernel, self._waiting = None, frozen and torch.backends.mkldnn.is_available()
 
     @property
     def serves(self) -> bool:
         """Whether it is packed, or will be at first use."""
         return self._waiting or self._kernel is not None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._kernel, self._waiting = None, False
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kernel": None, "_waiting": self.serves}
+
+
+class Packed(Packable):
+    """A layer whose weight may be packed."""
+
+    weight: Tensor
 
     def _lay_out(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -67,14 +81,7 @@ class Packed(nn.Module):
             self._kernel, self._waiting = self._lay_out(x), False
         if self._kernel is None or x.dtype != torch.float32 or (x.requires_grad and torch.is_grad_enabled()):
             return None
-        return self._kernel
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._kernel, self._waiting = None, False
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kernel": None, "_waiting": self.serves}
+        return cast(Tensor, self._kernel)
 
 
 class Linear(nn.Linear, Packed):
@@ -177,5 +184,5 @@ def pack(module: nn.Module) -> None:
             type(child) is nn.Conv2d and child.padding_mode == "zeros" and not isinstance(child.padding, str)
         ):
             child.__class__ = Conv2d
-        if isinstance(child, Packed):
+        if isinstance(child, Packable):
             child.pack()

@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from worldmodel.flow.affine import Affine, affine_from_head
 from worldmodel.flow.attention import Attention, Room, Run, plan_run
 from worldmodel.flow.cache import Cohort, KVShape
+from worldmodel.flow.native import NativeTransformer, Order, Past, serves
 from worldmodel.flow.order import reorder
 from worldmodel.flow.rope import Rotary, frame_rotary, frame_turns
-from worldmodel.packed import Linear
+from worldmodel.native import library
+from worldmodel.packed import Linear, Packable
 
 
 class MLP(nn.Module):
@@ -57,7 +59,7 @@ class FinalNorm(nn.Module):
         return (y * (1.0 + self.weight.to(y.dtype))).to(x.dtype)
 
 
-class Transformer(nn.Module):
+class Transformer(Packable):
     """Tokens (B, S, ``inputs``) to (B, S, ``outputs``); optional condition tokens in front, optional action features added.
 
     Hidden states have the dtype of the weights (bfloat16 for the published models); tokens, statistics of the norms,
@@ -90,6 +92,15 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.proj_out.bias)
         if self.proj_action is not None:
             nn.init.zeros_(self.proj_action.weight)
+
+    @property
+    def native(self) -> NativeTransformer | None:
+        """The same weights for the kernels of `worldmodel.native`, where they serve; laid out at first use."""
+        if self._waiting:
+            kernels = library()
+            self._kernel = NativeTransformer(kernels, self) if kernels and serves(self) else None
+            self._waiting = False
+        return cast("NativeTransformer | None", self._kernel)
 
     def embed(self, tokens: Tensor, actions: Tensor | None) -> Tensor:
         """Projected tokens (B, S, D), plus the embedding of action features (B, S, E) where the model has them."""
@@ -160,8 +171,22 @@ class Block(nn.Module):
         first = self.sos.to(v.dtype).expand(v.shape[0], 1, -1) if before is None else before
         return torch.cat((first, v[:, :-1]), dim=1)
 
+    @property
+    def order(self) -> Order:
+        """What the kernels have to know of the block beside its transformer."""
+        return Order(self.sos, self.flip, self.soft_clip)
+
+    def alone(self, rows: int, grid: tuple[int, int]) -> Past:
+        """No past: of a frame that is seen alone."""
+        turns = frame_turns(grid, 0, 1, self.scale, self.transformer.head_dim, self.sos.device)
+        return Past((Cohort(rows, 0, 0, ()),), (turns,), None)
+
     def frame_parameters(self, v: Tensor, grid: tuple[int, int]) -> Affine:
         """Affine parameters (B, N, D) of one frame alone, from its own tokens (B, N, D), all in own order."""
+        native = self.transformer.native
+        if native is not None and v.dtype == torch.float32 and not (v.requires_grad and torch.is_grad_enabled()):
+            raster = native.extend(self.order, self.alone(len(v), grid), self.to_raster(v), None, 1)
+            return Affine(*map(self.to_own, raster))
         rotary = frame_rotary(grid, 0, 1, self.scale, self.transformer.head_dim, v.device)
         x = self.transformer.run(self.transformer.embed(self.shifted(v), None), rotary)
         return affine_from_head(self.transformer.head(x), self.soft_clip)
@@ -176,6 +201,9 @@ class Block(nn.Module):
         """Invert one frame alone, token by token: w (B, N, D) to v and the elementwise log-determinant, all raster."""
         t = self.transformer
         rows, tokens = w.shape[:2]
+        if t.native is not None and w.dtype == torch.float32:
+            v, affine = t.native.invert(self.order, self.alone(rows, grid), w, None, 1)
+            return v, affine.log_det()[0]
         rooms = [Room(Cohort(rows, 0, 0, ()).reserve(self.kv_shape(), tokens, tokens), tokens, clear=True)]
         turns = frame_turns(grid, 0, 1, self.scale, t.head_dim, w.device)
         own, token = self.to_own(w), self.sos.to(w.dtype).expand(rows, 1, -1)

@@ -20,6 +20,7 @@ from worldmodel.flow.attention import Room, plan_run
 from worldmodel.flow.block import Block
 from worldmodel.flow.cache import Cohort, KVCache
 from worldmodel.flow.context import Context
+from worldmodel.flow.native import Past
 from worldmodel.flow.jacobi import Solution, jacobi, sequential
 from worldmodel.flow.rope import (
     Rotary,
@@ -165,10 +166,29 @@ class DeepBlock(Block):
         """Affine parameters of a run v (B, frames * N, D) behind the cached past."""
         t = self.transformer
         per_frame, tokens = context.u.shape[2], v.shape[1]
+        if t.native is not None and v.dtype == torch.float32:
+            frames = tokens // per_frame
+            raster = rearrange(self.to_raster(rearrange(v, "b (t n) d -> b t n d", n=per_frame)), "b t n d -> b (t n) d")
+            affine = t.native.extend(self.order, self._past(context, cache, frames), raster, features, frames)
+            return Affine(
+                *(
+                    rearrange(self.to_own(rearrange(a, "b (t n) d -> b t n d", n=per_frame)), "b t n d -> b (t n) d")
+                    for a in affine
+                )
+            )
         rooms = [Room(c, tokens) for c in cache.cohorts]
         run = plan_run(rooms, self._turns(context, cache, tokens // per_frame), tokens, 1, 0, tokens)
         x = t.embed(self.shifted(v, self._before(context)), _spread(features, per_frame))
         return affine_from_head(t.head(t.extend(x, run)), self.soft_clip)
+
+    def _past(self, context: Context, cache: KVCache, frames: int) -> Past:
+        """What a run of ``frames`` frames has behind it, as the kernels read it."""
+        head_dim, device = self.transformer.head_dim, context.u.device
+        turns = [
+            frame_turns(context.grid, c.next_position, frames, self.scale, head_dim, device)
+            for c in cache.cohorts
+        ]
+        return Past(cache.cohorts, turns, context.u[:, -1, 0 if self.flip else -1])
 
     def _before(self, context: Context) -> Tensor:
         """The token before the run, (B, 1, D): the last one of the last frame, or SOS where there is none."""
@@ -206,6 +226,13 @@ class DeepBlock(Block):
         tokens = w.shape[1]
         both = context.uncond is not None or guidance != 0 or want_unconditional
         streams = 2 if both and context.uncond is None else 1
+        if t.native is not None and context.uncond is None and guidance == 0 and w.dtype == torch.float32:
+            acts = None if features is None else features[:, 0]
+            u, maps = t.native.invert(self.order, self._past(context, context.cache, 1), w, acts, streams)
+            after = self._extended(context, u[:, None], features)
+            self.release(after)
+            model, *rest = (Affine(mu[:, None], sigma[:, None]) for mu, sigma in zip(*maps, strict=True))
+            return after, u, Committed(model, rest[0] if rest else None, None)
         caches = [context.cache] if context.uncond is None else [context.cache, context.uncond]
         rooms = [[Room(c, streams * tokens, clear=True) for c in cache.cohorts] for cache in caches]
         turns = [self._turns(context, cache, 1) for cache in caches]

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from worldmodel.flow.block import Transformer
-from worldmodel.flow.rope import Rotary, concat_rotary, frame_rotary, text_rotary, turns
+from worldmodel.flow.rope import Rotary, concat_rotary, frame_rotary, frame_turns, text_rotary, turns
 
 SCORE_SCALE = 0.3
 """``x = x~ - 0.3 s(x~)``: the training loss is scaled by ``sigma_n / 0.3``, so this is Tweedie's step
@@ -82,9 +82,15 @@ class Denoiser(nn.Module):
         """The last frame of `score`, (B, 1, N, D): each layer computes only what the last frame depends on."""
         frames, tokens = noisy.shape[1:3]
         t, layers = self.transformer, len(self.transformer.layers)
-        x, rotary, mask = self._sequence(noisy, grid, text, features, valid)
         back = max(0, self.window - self.look_ahead + 1)
         reach = [min(frames, 1 + back * (layers - 1 - i)) * tokens for i in range(layers)]
+        if t.native is not None and text is None and noisy.dtype == torch.float32:
+            turned = frame_turns(grid, 0, frames, self.scale, t.head_dim, noisy.device)
+            missing = torch.zeros(len(noisy), dtype=torch.int32) if valid is None else frames - valid.sum(1)
+            return t.native.newest(
+                noisy, features, turned, missing, reach, self.window, self.look_ahead
+            )[:, None]
+        x, rotary, mask = self._sequence(noisy, grid, text, features, valid)
         if x.shape[1] > frames * tokens:  # the condition's rows look at the first frames
             reach = [x.shape[1]] * (layers - 1) + reach[-1:]
         out = t.newest(x, turns(rotary), _added(mask, x.dtype), reach) if layers else x

@@ -1,0 +1,28 @@
+"""Builds the native kernels of `worldmodel.native` where there is a C compiler for x86-64; all else is in setup.cfg.
+
+They are optional: without a compiler the package installs all the same, and torch computes what they would have.
+"""
+
+import platform
+import sys
+
+from setuptools import Extension, setup
+
+SOURCES = ["worldmodel/native/transformer.c", "worldmodel/native/convolution.c"]
+HEADERS = ["worldmodel/native/vector.h", "worldmodel/native/linear.h"]
+
+
+def kernels(level: str) -> Extension:
+    """The kernels for one level of x86-64: v4 has AVX-512, v3 has AVX2."""
+    return Extension(
+        f"worldmodel.native._{level}",
+        SOURCES,
+        depends=HEADERS,
+        extra_compile_args=["-O3", f"-march=x86-64-{level}", "-ffp-contract=fast", "-fvisibility=default"],
+        libraries=["m", "pthread"],
+        optional=True,
+    )
+
+
+x86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "win32"
+setup(ext_modules=[kernels("v4"), kernels("v3")] if x86 else [])

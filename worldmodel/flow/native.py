@@ -1,0 +1,285 @@
+"""The flow's transformers as `worldmodel.native` runs them: weights laid out once, one call a frame.
+
+`NativeTransformer` holds what transformer.c reads: its structures here mirror those there, field by field.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from worldmodel import native
+from worldmodel.flow.affine import Affine
+from worldmodel.flow.cache import Cohort
+
+if TYPE_CHECKING:
+    from worldmodel.flow.block import Layer, Transformer
+
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("attention_gain", "attention_bias", "mlp_gain", "mlp_bias")),
+        *((name, native.Linear) for name in ("qkv", "out", "up", "down")),
+    ]
+
+
+class _Transformer(ctypes.Structure):
+    _fields_ = [
+        ("layer", ctypes.POINTER(_Layer)),
+        ("final_gain", _POINTER),
+        *((name, native.Linear) for name in ("proj_in", "action", "head")),
+        *((name, _INT) for name in ("layers", "width", "heads", "head_dim")),
+    ]
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        ("transformer", ctypes.POINTER(_Transformer)),
+        ("sos", _POINTER),
+        ("soft_clip", ctypes.c_float),
+        ("flip", _INT),
+    ]
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = [
+        ("kv", _POINTER),
+        *((name, _LONG) for name in ("layer", "kind", "row", "head")),
+        *((name, _INT) for name in ("tokens", "fold")),
+    ]
+
+
+class _Cohort(ctypes.Structure):
+    _fields_ = [
+        ("segment", ctypes.POINTER(_Segment)),
+        ("turns", _POINTER),
+        *((name, _INT) for name in ("segments", "rows", "fresh")),
+    ]
+
+
+class _Frame(ctypes.Structure):
+    _fields_ = [
+        ("block", _Block),
+        ("cohort", ctypes.POINTER(_Cohort)),
+        *((name, _POINTER) for name in ("noise", "last", "features")),
+        ("last_stride", _LONG),
+        *((name, _POINTER) for name in ("v", "mu", "sigma")),
+        *((name, _INT) for name in ("rows", "streams", "tokens", "feature_size")),
+    ]
+
+
+class _Known(ctypes.Structure):
+    _fields_ = [
+        ("block", _Block),
+        ("cohort", ctypes.POINTER(_Cohort)),
+        *((name, _POINTER) for name in ("v", "last", "features")),
+        ("last_stride", _LONG),
+        *((name, _POINTER) for name in ("mu", "sigma")),
+        *((name, _INT) for name in ("rows", "frames", "tokens", "feature_size")),
+    ]
+
+
+class _Newest(ctypes.Structure):
+    _fields_ = [
+        ("transformer", ctypes.POINTER(_Transformer)),
+        *((name, _POINTER) for name in ("noisy", "features", "turns", "missing", "asking", "score")),
+        *((name, _INT) for name in ("rows", "frames", "tokens", "feature_size", "window", "ahead")),
+    ]
+
+
+class Order(NamedTuple):
+    """What makes an autoregressive block of a transformer: SOS (D), whether its own order is the raster's backwards, and
+    the soft clip of its head.
+    """
+
+    sos: Tensor
+    flip: bool
+    soft_clip: float
+
+
+class Past(NamedTuple):
+    """Sequences behind cached keys and values, with reserved slots for what comes: cohorts in row order, their rotations
+    (R, K / 2) of the run, and the token before the run (B, D), unused in cohorts that begin with SOS.
+    """
+
+    cohorts: Sequence[Cohort]
+    turns: Sequence[Tensor]
+    last: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return sum(c.rows for c in self.cohorts)
+
+
+def serves(transformer: Transformer) -> bool:
+    """Whether the kernels can run it: plain linear maps, whole heads of a width that vectors divide."""
+    from worldmodel.packed import Linear
+
+    linear = [transformer.proj_in, transformer.proj_out]
+    for module in transformer.layers:
+        layer = cast("Layer", module)
+        if layer.attention.heads * transformer.head_dim != transformer.proj_in.out_features:
+            return False
+        linear += [layer.attention.qkv, layer.attention.out, layer.mlp.up, layer.mlp.down]
+    small = transformer.proj_in.in_features <= 4 * transformer.proj_in.out_features
+    return small and transformer.head_dim % 16 == 0 and all(type(module) is Linear for module in linear)
+
+
+class NativeTransformer:
+    """A frozen float32 transformer for the kernels. ``Transformer.native`` makes it."""
+
+    def __init__(self, kernels: ctypes.CDLL, transformer: Transformer) -> None:
+        from worldmodel.flow.block import FinalNorm
+
+        self._kernels = kernels
+        self._weights = w = native.Weights(kernels)
+        layers = []
+        for module in transformer.layers:
+            attention, mlp = cast("Layer", module).attention, cast("Layer", module).mlp
+            layers.append(
+                _Layer(
+                    *(w.pointer(p) for n in (attention.norm, mlp.norm) for p in (n.weight, n.bias)),
+                    *(w.linear(m.weight, m.bias) for m in (attention.qkv, attention.out, mlp.up, mlp.down)),
+                )
+            )
+        action, final = transformer.proj_action, transformer.final_norm
+        self._layers = (_Layer * len(layers))(*layers)
+        width = transformer.proj_in.out_features
+        self._transformer = _Transformer(
+            self._layers,
+            w.pointer(1.0 + final.weight) if isinstance(final, FinalNorm) else None,
+            w.linear(transformer.proj_in.weight, transformer.proj_in.bias),
+            w.linear(None if action is None else action.weight, None),
+            w.linear(transformer.proj_out.weight, transformer.proj_out.bias),
+            len(layers),
+            width,
+            width // transformer.head_dim,
+            transformer.head_dim,
+        )
+
+    def invert(
+        self, order: Order, past: Past, w: Tensor, features: Tensor | None, streams: int
+    ) -> tuple[Tensor, Affine]:
+        """A frame token by token: noise w (B, N, D) to v (B, N, D) and the affine maps (S, B, N, D) under the action's
+        ``features`` (B, E) and, in a second stream, under none; raster order. K/V of the first go into the past's slots.
+        """
+        rows, tokens, dim = w.shape
+        noise, features = w.contiguous(), None if features is None else features.contiguous()
+        v = torch.empty_like(noise)
+        mu, sigma = torch.empty(2, streams, rows, tokens, dim).unbind()
+        cohorts, kept = _cohorts(past)
+        frame = _Frame(
+            self._block(order),
+            cohorts,
+            noise.data_ptr(),
+            *_last(past),
+            v.data_ptr(),
+            mu.data_ptr(),
+            sigma.data_ptr(),
+            rows,
+            streams,
+            tokens,
+            0 if features is None else features.shape[-1],
+        )
+        frame.features = None if features is None else features.data_ptr()
+        self._run("worldmodel_invert", frame)
+        del kept
+        return v, Affine(mu, sigma)
+
+    def extend(self, order: Order, past: Past, v: Tensor, features: Tensor | None, frames: int) -> Affine:
+        """Affine maps of a run of known tokens v (B, T * N, D) behind the past, raster order within each frame; features
+        (B, T, E). K/V go into the past's slots.
+        """
+        known = v.contiguous()
+        features = None if features is None else features.contiguous()
+        mu, sigma = torch.empty(2, *known.shape).unbind()
+        cohorts, kept = _cohorts(past)
+        run = _Known(
+            self._block(order),
+            cohorts,
+            known.data_ptr(),
+            *_last(past),
+            mu.data_ptr(),
+            sigma.data_ptr(),
+            len(known),
+            frames,
+            known.shape[1] // frames,
+            0 if features is None else features.shape[-1],
+        )
+        run.features = None if features is None else features.data_ptr()
+        self._run("worldmodel_extend", run)
+        del kept
+        return Affine(mu, sigma)
+
+    def newest(
+        self,
+        noisy: Tensor,
+        features: Tensor | None,
+        turns: Tensor,
+        missing: Tensor,
+        asking: Sequence[int],
+        window: int,
+        look_ahead: int,
+    ) -> Tensor:
+        """A denoiser's outputs (B, N, D) for the last frame of noisy (B, T, N, D); features (B, T, E), turns (T * N, K / 2);
+        row b's first ``missing[b]`` frames do not exist. See `Denoiser.newest_score`.
+        """
+        noisy, missing = noisy.contiguous(), missing.to(torch.int32)
+        features = None if features is None else features.contiguous()
+        score = torch.empty(noisy.shape[0], *noisy.shape[2:])
+        asks = (_INT * len(asking))(*asking)
+        self._run(
+            "worldmodel_denoise",
+            _Newest(
+                ctypes.pointer(self._transformer),
+                noisy.data_ptr(),
+                None if features is None else features.data_ptr(),
+                turns.data_ptr(),
+                missing.data_ptr(),
+                ctypes.addressof(asks),
+                score.data_ptr(),
+                *noisy.shape[:3],
+                0 if features is None else features.shape[-1],
+                window,
+                look_ahead,
+            ),
+        )
+        return score
+
+    def _block(self, order: Order) -> _Block:
+        return _Block(
+            ctypes.pointer(self._transformer), order.sos.data_ptr(), order.soft_clip, order.flip
+        )
+
+    def _run(self, function: str, job: ctypes.Structure) -> None:
+        if self._kernels[function](ctypes.byref(job), torch.get_num_threads()):
+            raise MemoryError("not enough memory for a pass of the flow; the state is unchanged")
+
+
+def _last(past: Past) -> tuple[int | None, None, int]:
+    """Fields ``last``, ``features`` (filled in later) and ``last_stride``."""
+    return (None, None, 0) if past.last is None else (past.last.data_ptr(), None, past.last.stride(0))
+
+
+def _cohorts(past: Past) -> tuple[ctypes.Array[_Cohort], list[object]]:
+    """The past as the kernels read it, and what must be kept until they have."""
+    cohorts, kept = (_Cohort * len(past.cohorts))(), []
+    for into, cohort, turns in zip(cohorts, past.cohorts, past.turns, strict=True):
+        segments = (_Segment * len(cohort.segments))()
+        for entry, segment in zip(segments, cohort.segments, strict=True):
+            kv = segment.page.kv
+            layer, kind, row, head, token, _ = kv.stride()
+            address = kv.data_ptr() + segment.start * token * kv.element_size()
+            entry.kv, entry.layer, entry.kind, entry.row, entry.head = address, layer, kind, row, head
+            entry.tokens, entry.fold = segment.tokens, segment.fold
+        into.segment, into.segments = segments, len(segments)
+        into.turns, into.rows, into.fresh = turns.data_ptr(), cohort.rows, cohort.next_position == 0
+        kept += [segments, turns]
+    return cohorts, kept

@@ -1,0 +1,90 @@
+"""Kernels in C for what a step of a small world spends its time on: see `transformer.c` and `convolution.c`.
+
+They serve frozen float32 weights on x86-64 CPUs with AVX-512 or AVX2, where the package was built with a C compiler. Where
+they do not serve, torch computes the same, slower: same mathematics, last bits may differ. Which of both computes depends
+on the weights and the machine alone, never on the batch, so results do not depend on it either.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+
+INTERFACE = 1
+"""Version of the C interface; raised with every change of it."""
+
+LEVELS = {"AVX512": ("_v4", "_v3"), "AVX2": ("_v3",)}
+"""Builds by what torch says of the processor, best first."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The kernels for this processor, or None where there are none."""
+    for build in LEVELS.get(torch.backends.cpu.get_cpu_capability(), ()):
+        found = importlib.util.find_spec(f"{__name__}.{build}")
+        if found is None or found.origin is None:
+            continue
+        kernels = ctypes.CDLL(found.origin)
+        if kernels.worldmodel_interface() == INTERFACE:
+            return kernels
+        warnings.warn(
+            f"{found.origin} was built from other sources and is not used; reinstall: pip install -e .",
+            stacklevel=2,
+        )
+    return None
+
+
+class Linear(ctypes.Structure):
+    """`Linear` of linear.h."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("inputs", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
+        ("half", ctypes.c_int32),
+    ]
+
+
+def panels(weight: Tensor, panel: int) -> Tensor:
+    """Weights (outputs, K) in panels of so many outputs, zeros behind the last: (panels, K, panel). float16 where it
+    represents all of them, else float32.
+    """
+    outputs, inputs = weight.shape
+    count = -(-outputs // panel)
+    padded = torch.zeros(count * panel, inputs)
+    padded[:outputs] = weight.detach()
+    laid_out = padded.view(count, panel, inputs).mT.contiguous()
+    half = laid_out.half()
+    return half if torch.equal(half.float(), laid_out) else laid_out
+
+
+class Weights:
+    """Tensors that a structure of pointers points into, kept with it."""
+
+    def __init__(self, kernels: ctypes.CDLL) -> None:
+        self.panel = int(kernels.worldmodel_panel())
+        self._kept: list[Tensor] = []
+
+    def pointer(self, tensor: Tensor) -> int:
+        """The address of a tensor's numbers, which stay where they are."""
+        self._kept.append(tensor.detach().contiguous())
+        return self._kept[-1].data_ptr()
+
+    def linear(self, weight: Tensor | None, bias: Tensor | None) -> Linear:
+        """A linear map (outputs, K) and its bias; of none, the map without inputs."""
+        if weight is None:
+            return Linear()
+        laid_out = panels(weight, self.panel)
+        address = None
+        if bias is not None:
+            padded = torch.zeros(len(laid_out) * self.panel)
+            padded[: len(bias)] = bias.detach()
+            address = self.pointer(padded)
+        half = laid_out.dtype == torch.float16
+        return Linear(self.pointer(laid_out), address, weight.shape[1], weight.shape[0], half)
