@@ -8,7 +8,7 @@ import sys
 
 from setuptools import Extension, setup
 
-SOURCES = ["worldmodel/native/transformer.c", "worldmodel/native/convolution.c"]
+SOURCES = [f"worldmodel/native/{name}.c" for name in ("transformer", "perceptron", "convolution")]
 HEADERS = ["worldmodel/native/vector.h", "worldmodel/native/linear.h"]
 
 

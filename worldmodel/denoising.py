@@ -32,8 +32,13 @@ def by_denoiser(flow: Flow, grid: tuple[int, int], state: WorldState) -> Tensor:
     Where sessions of unlike lengths have prompts they are denoised apart: the distance between the condition and a
     frame counts, and must not depend on who shares the batch.
     """
-    steps, text = state.steps.clamp(max=state.noisy.shape[1]), state.context.text
-    features, device = state.context.features, state.noisy.device
+    reach, text, features = state.noisy.shape[1], state.context.text, state.context.features
+    lengths = {min(count, reach) for count in state.steps.tolist()}
+    if len(lengths) == 1:
+        (back,) = lengths
+        known = None if features is None else features[:, -back:]
+        return flow.denoise_newest(state.noisy[:, -back:], grid, text, known)
+    steps, device = state.steps.clamp(max=reach), state.noisy.device
 
     def denoise(rows: Tensor) -> Tensor:
         here, counts = rows.to(device), steps[rows]
@@ -50,7 +55,7 @@ def by_denoiser(flow: Flow, grid: tuple[int, int], state: WorldState) -> Tensor:
     if text is None:
         return denoise(torch.arange(state.rows))
     clean = torch.empty_like(state.noisy[:, -1:])
-    for length in sorted(set(steps.tolist())):
+    for length in sorted(lengths):
         rows = torch.nonzero(steps == length)[:, 0]
         clean[rows.to(device)] = denoise(rows)
     return clean

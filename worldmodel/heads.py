@@ -23,6 +23,7 @@ from worldmodel.codec.base import Codec
 from worldmodel.errors import ConfigError, InputError
 from worldmodel.files import require_at_least
 from worldmodel.invariance import MATRIX_ROWS, PICTURES, with_rows
+from worldmodel.packed import Perceptron
 
 PIXEL_RANGE = 64.0  # grey levels that an eye calls 1
 STILL = 0.02  # motion below which a pixel counts as at rest, in units of PIXEL_RANGE
@@ -200,17 +201,19 @@ class Heads(nn.Module):
             one = two = config.seen
             if config.eye.memory:
                 self.memory = Memory(config.eye, config.packed, config.width)
-        self.layers = _layers(two + config.packed, config.width, 2)
+        self.layers = Perceptron(two + config.packed, config.width, config.width, 2)
         self.register_buffer("reward_mean", torch.zeros(()))
         self.register_buffer("reward_std", torch.ones(()))
-        self.tell: nn.Sequential | None = None
+        self.tell: Perceptron | None = None
         if config.observed:
-            self.tell = _layers(config.seen, config.width, config.observed)
+            self.tell = Perceptron(config.seen, config.width, config.width, config.observed)
             self.register_buffer("observation_mean", torch.zeros(config.observed))
             self.register_buffer("observation_std", torch.ones(config.observed))
-        self.ahead_layers: nn.Sequential | None = None
+        self.ahead_layers: Perceptron | None = None
         if config.discount is not None:
-            self.ahead_layers = _layers(config.observed or one, config.width, 1 + config.packed)
+            self.ahead_layers = Perceptron(
+                config.observed or one, config.width, config.width, 1 + config.packed
+            )
             self.register_buffer("value_mean", torch.zeros(()))
             self.register_buffer("value_std", torch.ones(()))
 
@@ -240,7 +243,7 @@ class Heads(nn.Module):
 
     def forward(self, previous: Tensor, seen: Tensor, packed: Tensor) -> Outcome:
         """See `raw`; in the units of the environment's reward, and as a probability."""
-        reward, logit = with_rows(MATRIX_ROWS, self.raw, previous, seen, packed).float().unbind(1)
+        reward, logit = with_rows(self.layers.least_rows, self.raw, previous, seen, packed).float().unbind(1)
         return Outcome(reward * self.reward_std + self.reward_mean, logit.sigmoid())
 
     def raw_ahead(self, seen: Tensor, observation: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -269,7 +272,10 @@ class Heads(nn.Module):
             raise InputError(
                 "this world's heads tell no observation; train them with a memory, on episodes that hold one"
             )
-        return with_rows(MATRIX_ROWS, self.tell, seen).float() * self.observation_std + self.observation_mean
+        return (
+            with_rows(self.tell.least_rows, self.tell, seen).float() * self.observation_std
+            + self.observation_mean
+        )
 
     @torch.no_grad()
     def ahead(self, seen: Tensor) -> Ahead:
@@ -284,9 +290,3 @@ class Heads(nn.Module):
             .split((1, self.config.packed), dim=1)
         )
         return Ahead(value[:, 0] * self.value_std + self.value_mean, prior)
-
-
-def _layers(inputs: int, width: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs)
-    )

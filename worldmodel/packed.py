@@ -12,11 +12,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from worldmodel.invariance import MATRIX_ROWS
+from worldmodel.native import NativePerceptron, library
 
 _ops = torch.ops.mkldnn
 _half_product = getattr(torch, "fbgemm_linear_fp16_weight_fp32_activation", None)
@@ -122,6 +126,34 @@ class Linear(nn.Linear, Packed):
         if self._half:
             return cast(Tensor, _half_product(x, kernel, self.bias).add_(residual))  # type: ignore[misc]
         return cast(Tensor, _ops._linear_pointwise.binary(x, residual, kernel, self.bias, "add"))
+
+
+class Perceptron(Packable, nn.Sequential):
+    """Linear maps of these sizes with a SiLU between each two; packed, one call of `worldmodel.native` where it serves.
+
+    Packed, a row of the result does not depend on how many there are.
+    """
+
+    def __init__(self, *sizes: int) -> None:
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise(sizes):
+            layers += [nn.SiLU(), nn.Linear(inputs, outputs)]
+        super().__init__(*layers[1:])
+
+    @property
+    def least_rows(self) -> int:
+        """The fewest rows of which each is what it is in any batch; see `worldmodel.invariance`."""
+        return 1 if self.serves or is_packed(self) else MATRIX_ROWS
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs) to (B, outputs)."""
+        if self._waiting:
+            kernels, maps = library(), cast("list[nn.Linear]", list(self)[::2])
+            self._kernel = NativePerceptron(kernels, [(m.weight, m.bias) for m in maps]) if kernels else None
+            self._waiting = False
+        if self._kernel is None or x.dtype != torch.float32 or (x.requires_grad and torch.is_grad_enabled()):
+            return cast(Tensor, super().forward(x))
+        return cast(Tensor, self._kernel(x))
 
 
 class PointConv2d(nn.Conv2d, Packed):

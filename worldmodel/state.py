@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from worldmodel.files import load_metadata, load_tensors, save_tensors
 from worldmodel.flow.cache import Cohort, KVCache, Page, Segment
 from worldmodel.flow.context import Context, repeat_rows
 from worldmodel.noise import child_branch, seed_tensor
+from worldmodel.records import replace
 
 STATE_FORMAT = 1
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,16 @@ from worldmodel.codec.base import CodecState
 from worldmodel.condition.spaces import pack_actions, prompt_key, prompts_of
 from worldmodel.denoising import clean_frame
 from worldmodel.errors import CheckpointError, InputError, WorldModelError
-from worldmodel.flow.affine import standard_normal_log_prob
 from worldmodel.flow.context import Context
 from worldmodel.flow.deep import Committed
+from worldmodel.flow.native import density
 from worldmodel.flow.window import make_room
 from worldmodel.heads import Ahead
-from worldmodel.invariance import MATRIX_ROWS, with_rows
+from worldmodel.invariance import with_rows
 from worldmodel.noise import OBSERVE, SAMPLE, SCORE, normal, seed_tensor
 from worldmodel.parts import WorldParts
 from worldmodel.prompted import conditions, continued, switched, with_unconditional
+from worldmodel.records import replace
 from worldmodel.sampling import Sampling
 from worldmodel.starting import bank_actions, bank_chunks, bank_index, captioned, chunks_of
 from worldmodel.state import WorldState
@@ -353,7 +353,7 @@ class WorldModel(WorldParts):
         if self.actions is None:
             return packed, None
         present = torch.ones(rows, dtype=torch.bool, device=self.device)
-        return packed, with_rows(MATRIX_ROWS, self.actions, packed, present)[:, None]
+        return packed, with_rows(self.actions.layers.least_rows, self.actions, packed, present)[:, None]
 
     def _encode(self, state: WorldState, frames: np.ndarray | Tensor) -> tuple[Tensor, Tensor, CodecState]:
         expected = (state.rows, self.next_frames(state), *self.spec.frame_size, 3)
@@ -434,29 +434,20 @@ class WorldModel(WorldParts):
         features: Tensor | None,
     ) -> tuple[WorldState, Chunk]:
         """The next state and the exact density of a committed frame, imagined or real; ``context`` is the one before."""
-        z = terms.model.forward(u)
-        elements = standard_normal_log_prob(z) + terms.model.log_det() + log_det
-        log_prob = elements.double().sum((1, 2, 3)).cpu()
-        if not torch.isfinite(log_prob).all():
+        maps = [affine for affine in (terms.model, terms.unconditional, terms.guided) if affine is not None]
+        z, elements, nats = density(u, maps, log_det)
+        log_prob = nats[0]
+        if not math.isfinite(sum(log_prob.tolist())):
             raise WorldModelError(
                 "the model returned a likelihood that is not finite; the state is unchanged"
             )
-
-        def density(affine: Any) -> Tensor:
-            return (
-                (standard_normal_log_prob(affine.forward(u)) + affine.log_det() + log_det)
-                .double()
-                .sum((1, 2, 3))
-                .cpu()
-            )
-
-        unconditional = None if terms.unconditional is None else density(terms.unconditional)
+        unconditional = None if terms.unconditional is None else nats[1]
         rows = state.rows
         chunk = Chunk(
             frames=torch.empty(0, dtype=torch.uint8),
             latent=torch.zeros(rows, *self.latent_shape),
             log_prob=log_prob,
-            guided_log_prob=None if terms.guided is None else density(terms.guided),
+            guided_log_prob=None if terms.guided is None else nats[-1],
             action_gain=torch.zeros_like(log_prob)
             if unconditional is None or (features is None and context.uncond is None)
             else log_prob - unconditional,

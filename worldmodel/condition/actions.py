@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from worldmodel.files import require_at_least
+from worldmodel.packed import Perceptron
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class ActionEncoderConfig:
         require_at_least(0, self, "packed", "harmonics")
 
 
+@lru_cache(maxsize=16)
+def _frequencies(harmonics: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return math.pi / 2 * torch.arange(1, harmonics + 1, device=device, dtype=dtype)
+
+
 class ActionEncoder(nn.Module):
     """(..., P) packed actions in [-1, 1] to (..., E) features; no action is the zero vector.
 
@@ -36,15 +43,12 @@ class ActionEncoder(nn.Module):
         super().__init__()
         self.config = config
         inputs = config.packed * (1 + 2 * config.harmonics)
-        self.layers = nn.Sequential(
-            nn.Linear(inputs, config.features), nn.SiLU(), nn.Linear(config.features, config.features)
-        )
+        self.layers = Perceptron(inputs, config.features, config.features)
 
     def forward(self, packed: Tensor, present: Tensor) -> Tensor:
         """packed (..., P) float, present (...,) bool to features (..., E)."""
-        scale = (
-            math.pi / 2 * torch.arange(1, self.config.harmonics + 1, device=packed.device, dtype=packed.dtype)
-        )
-        angles = (packed[..., None] * scale).flatten(-2)
+        angles = (
+            packed[..., None] * _frequencies(self.config.harmonics, packed.device, packed.dtype)
+        ).flatten(-2)
         inputs = torch.cat((packed, angles.sin(), angles.cos()), dim=-1)
         return self.layers(inputs) * present[..., None].to(packed.dtype)

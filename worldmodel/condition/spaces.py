@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -156,17 +157,26 @@ def pack_actions(space: spaces.Space[Any], actions: Any, rows: int) -> np.ndarra
     raise InputError(f"actions of {_line(space)} cannot be packed")
 
 
+@lru_cache(maxsize=64)
+def _limits(low: bytes, high: bytes, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Least and greatest values that are taken, flat, and centre and half width of what they are packed from."""
+    lowest, highest = (np.frombuffer(b, dtype=dtype).astype(np.float64) for b in (low, high))
+    slack = 1e-6 * np.maximum(1.0, np.abs(np.where(np.isfinite(highest), highest, 1.0)))
+    bounded = np.isfinite(lowest) & np.isfinite(highest) & (highest > lowest)
+    low_end, high_end = np.where(bounded, lowest, -1.0), np.where(bounded, highest, 1.0)
+    most = float(np.finfo(np.float32).max)
+    least, greatest = np.maximum(lowest - slack, -most), np.minimum(highest + slack, most)
+    return least, greatest, (high_end + low_end) / 2, (high_end - low_end) / 2
+
+
 def _pack_box(space: spaces.Box, array: np.ndarray) -> np.ndarray:
     values = array.astype(np.float64).reshape(len(array), -1)
-    low, high = (np.asarray(b, dtype=np.float64).reshape(-1) for b in (space.low, space.high))
-    slack = 1e-6 * np.maximum(1.0, np.abs(np.where(np.isfinite(high), high, 1.0)))
-    good = (np.abs(values) <= np.finfo(np.float32).max) & (values >= low - slack) & (values <= high + slack)
+    low, high = np.asarray(space.low), np.asarray(space.high)
+    least, greatest, centre, half = _limits(low.tobytes(), high.tobytes(), low.dtype.str)
+    good = (values >= least) & (values <= greatest)
     if not good.all():
         row = int(np.argwhere(~good)[0][0])
         raise InputError(f"action {_line(array[row])} (row {row}) is outside {_line(space)}")
-    bounded = np.isfinite(low) & np.isfinite(high) & (high > low)
-    low, high = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
-    centre, half = (high + low) / 2, (high - low) / 2
     return ((values - centre) / half).astype(np.float32)
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from worldmodel.flow.affine import Affine, affine_from_head
 from worldmodel.flow.attention import Attention, Room, Run, plan_run
 from worldmodel.flow.cache import Cohort, KVShape
-from worldmodel.flow.native import NativeTransformer, Order, Past, serves
+from worldmodel.flow.native import NativeTransformer, Order, Past, Shallow, serves
 from worldmodel.flow.order import reorder
 from worldmodel.flow.rope import Rotary, frame_rotary, frame_turns
 from worldmodel.native import library
@@ -176,6 +176,11 @@ class Block(nn.Module):
         """What the kernels have to know of the block beside its transformer."""
         return Order(self.sos, self.flip, self.soft_clip)
 
+    def native_alone(self, rows: int, grid: tuple[int, int]) -> Shallow | None:
+        """This block for the kernels, where they serve; see `NativeTransformer.invert`."""
+        native = self.transformer.native
+        return None if native is None else Shallow(native, self.order, self.alone(rows, grid))
+
     def alone(self, rows: int, grid: tuple[int, int]) -> Past:
         """No past: of a frame that is seen alone."""
         turns = frame_turns(grid, 0, 1, self.scale, self.transformer.head_dim, self.sos.device)
@@ -184,7 +189,11 @@ class Block(nn.Module):
     def frame_parameters(self, v: Tensor, grid: tuple[int, int]) -> Affine:
         """Affine parameters (B, N, D) of one frame alone, from its own tokens (B, N, D), all in own order."""
         native = self.transformer.native
-        if native is not None and v.dtype == torch.float32 and not (v.requires_grad and torch.is_grad_enabled()):
+        if (
+            native is not None
+            and v.dtype == torch.float32
+            and not (v.requires_grad and torch.is_grad_enabled())
+        ):
             raster = native.extend(self.order, self.alone(len(v), grid), self.to_raster(v), None, 1)
             return Affine(*map(self.to_own, raster))
         rotary = frame_rotary(grid, 0, 1, self.scale, self.transformer.head_dim, v.device)
@@ -201,9 +210,6 @@ class Block(nn.Module):
         """Invert one frame alone, token by token: w (B, N, D) to v and the elementwise log-determinant, all raster."""
         t = self.transformer
         rows, tokens = w.shape[:2]
-        if t.native is not None and w.dtype == torch.float32:
-            v, affine = t.native.invert(self.order, self.alone(rows, grid), w, None, 1)
-            return v, affine.log_det()[0]
         rooms = [Room(Cohort(rows, 0, 0, ()).reserve(self.kv_shape(), tokens, tokens), tokens, clear=True)]
         turns = frame_turns(grid, 0, 1, self.scale, t.head_dim, w.device)
         own, token = self.to_own(w), self.sos.to(w.dtype).expand(rows, 1, -1)

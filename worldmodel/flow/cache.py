@@ -14,11 +14,13 @@ Axis letters: B rows, H heads, S tokens, K head width; layers are the leading ax
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
+
+from worldmodel.records import replace
 
 
 class Page:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from worldmodel.errors import InputError
 from worldmodel.flow.cache import KVCache
+from worldmodel.records import replace
 
 
 def repeat_rows(x: Tensor, n: int) -> Tensor:

@@ -8,8 +8,8 @@ solved by Jacobi (`solve`) followed by one causal pass over the accepted tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -20,8 +20,8 @@ from worldmodel.flow.attention import Room, plan_run
 from worldmodel.flow.block import Block
 from worldmodel.flow.cache import Cohort, KVCache
 from worldmodel.flow.context import Context
-from worldmodel.flow.native import Past
 from worldmodel.flow.jacobi import Solution, jacobi, sequential
+from worldmodel.flow.native import Inverted, Past, Shallow
 from worldmodel.flow.rope import (
     Rotary,
     concat_rotary,
@@ -30,6 +30,7 @@ from worldmodel.flow.rope import (
     text_rotary,
     turns,
 )
+from worldmodel.records import replace
 
 
 def _spread(features: Tensor | None, tokens: int) -> Tensor | None:
@@ -168,11 +169,15 @@ class DeepBlock(Block):
         per_frame, tokens = context.u.shape[2], v.shape[1]
         if t.native is not None and v.dtype == torch.float32:
             frames = tokens // per_frame
-            raster = rearrange(self.to_raster(rearrange(v, "b (t n) d -> b t n d", n=per_frame)), "b t n d -> b (t n) d")
+            raster = rearrange(
+                self.to_raster(rearrange(v, "b (t n) d -> b t n d", n=per_frame)), "b t n d -> b (t n) d"
+            )
             affine = t.native.extend(self.order, self._past(context, cache, frames), raster, features, frames)
             return Affine(
                 *(
-                    rearrange(self.to_own(rearrange(a, "b (t n) d -> b t n d", n=per_frame)), "b t n d -> b (t n) d")
+                    rearrange(
+                        self.to_own(rearrange(a, "b (t n) d -> b t n d", n=per_frame)), "b t n d -> b (t n) d"
+                    )
                     for a in affine
                 )
             )
@@ -226,13 +231,6 @@ class DeepBlock(Block):
         tokens = w.shape[1]
         both = context.uncond is not None or guidance != 0 or want_unconditional
         streams = 2 if both and context.uncond is None else 1
-        if t.native is not None and context.uncond is None and guidance == 0 and w.dtype == torch.float32:
-            acts = None if features is None else features[:, 0]
-            u, maps = t.native.invert(self.order, self._past(context, context.cache, 1), w, acts, streams)
-            after = self._extended(context, u[:, None], features)
-            self.release(after)
-            model, *rest = (Affine(mu[:, None], sigma[:, None]) for mu, sigma in zip(*maps, strict=True))
-            return after, u, Committed(model, rest[0] if rest else None, None)
         caches = [context.cache] if context.uncond is None else [context.cache, context.uncond]
         rooms = [[Room(c, streams * tokens, clear=True) for c in cache.cohorts] for cache in caches]
         turns = [self._turns(context, cache, 1) for cache in caches]
@@ -277,6 +275,25 @@ class DeepBlock(Block):
         model_map = together(0)
         assert model_map is not None
         return after, u, Committed(model_map, together(1), together(2))
+
+    def invert_native(
+        self,
+        context: Context,
+        w: Tensor,
+        features: Tensor | None,
+        want_unconditional: bool,
+        shallow: Sequence[Shallow],
+    ) -> tuple[Context, Inverted, Committed]:
+        """As `invert` without guidance, and on through the shallow blocks, by the kernels of `worldmodel.native`."""
+        native = self.transformer.native
+        assert native is not None
+        acts = None if features is None else features[:, 0]
+        past, streams = self._past(context, context.cache, 1), 2 if want_unconditional else 1
+        made = native.invert(self.order, past, w, acts, streams, shallow)
+        after = self._extended(context, made.u[:, None], features)
+        self.release(after)
+        model, *rest = (Affine(mu[:, None], sigma[:, None]) for mu, sigma in zip(*made.maps, strict=True))
+        return after, made, Committed(model, rest[0] if rest else None, None)
 
     def solve(
         self,
@@ -345,6 +362,22 @@ class DeepBlock(Block):
             None if guided is None else self._raster(guided, tokens),
         )
         return after, terms
+
+    def append(self, context: Context, u: Tensor, features: Tensor | None) -> Context:
+        """The context after `commit`, for whoever does not ask for the affine terms."""
+        native = self.transformer.native
+        if native is None or context.uncond is not None or u.dtype != torch.float32:
+            return self.commit(context, u, features)[0]
+        frames = u.shape[1]
+        native.extend(
+            self.order,
+            self._past(context, context.cache, frames),
+            u.flatten(1, 2),
+            features,
+            frames,
+            maps=False,
+        )
+        return self._extended(context, u, features)
 
     def _extended(self, context: Context, u: Tensor, features: Tensor | None) -> Context:
         """The context after u (B, frames, N, D), whose K/V lie in the reserved slots."""

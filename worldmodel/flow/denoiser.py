@@ -87,9 +87,9 @@ class Denoiser(nn.Module):
         if t.native is not None and text is None and noisy.dtype == torch.float32:
             turned = frame_turns(grid, 0, frames, self.scale, t.head_dim, noisy.device)
             missing = torch.zeros(len(noisy), dtype=torch.int32) if valid is None else frames - valid.sum(1)
-            return t.native.newest(
-                noisy, features, turned, missing, reach, self.window, self.look_ahead
-            )[:, None]
+            return t.native.newest(noisy, features, turned, missing, reach, self.window, self.look_ahead)[
+                :, None
+            ]
         x, rotary, mask = self._sequence(noisy, grid, text, features, valid)
         if x.shape[1] > frames * tokens:  # the condition's rows look at the first frames
             reach = [x.shape[1]] * (layers - 1) + reach[-1:]

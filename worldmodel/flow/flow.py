@@ -249,14 +249,21 @@ class Flow(nn.Module):
         """Noise w (B, N, D) to the next frame, committed; ``context`` has room for it. See `DeepBlock.commit`."""
         grid = context.grid
         if w.shape[1] <= ONE_BY_ONE:
+            sweeps = torch.full((len(w),), w.shape[1], device=w.device)
+            residual = torch.zeros(len(w), device=w.device)
             reserved = self.deep.reserve(context, 2)
+            if self._native(w) and context.uncond is None and guidance == 0:
+                shallow = [block.native_alone(len(w), grid) for block in reversed(self.shallow_blocks)]
+                after, made, terms = self.deep.invert_native(
+                    reserved, w, features, want_unconditional, [block for block in shallow if block]
+                )
+                x, u, log_det = (y[:, None] for y in (made.x, made.u, made.log_det))
+                return Imagined(after, x, u, log_det, terms, sweeps, residual)
             after, u, terms = self.deep.invert(reserved, w, features, guidance, want_unconditional)
             x, log_det = u, torch.zeros_like(u)
             for block in reversed(self.shallow_blocks):
                 x, term = block.invert_frame(x, grid)
                 log_det = log_det + term
-            sweeps = torch.full((len(w),), w.shape[1], device=w.device)
-            residual = torch.zeros(len(w), device=w.device)
             return Imagined(after, x[:, None], u[:, None], log_det[:, None], terms, sweeps, residual)
         reserved = self.deep.reserve(context)
         solved = self.deep.solve(reserved, w, features, guidance, tolerance)
@@ -264,6 +271,11 @@ class Flow(nn.Module):
         u, log_det = self.shallow_forward(x, grid)  # of x as it came out: exact, whatever the tolerance
         after, terms = self.deep.commit(reserved, u, features, guidance, want_unconditional)
         return Imagined(after, x, u, log_det, terms, solved.sweeps, solved.residual)
+
+    def _native(self, w: Tensor) -> bool:
+        """Whether the kernels of `worldmodel.native` serve all blocks, and this input."""
+        blocks = [self.deep, *self.shallow_blocks]
+        return w.dtype == torch.float32 and all(block.transformer.native is not None for block in blocks)
 
     # ---- density of a clip ----------------------------------------------------------------------------------------
     def forward(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from worldmodel import native
-from worldmodel.flow.affine import Affine
+from worldmodel.flow.affine import Affine, standard_normal_log_prob
 from worldmodel.flow.cache import Cohort
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class _Frame(ctypes.Structure):
         ("cohort", ctypes.POINTER(_Cohort)),
         *((name, _POINTER) for name in ("noise", "last", "features")),
         ("last_stride", _LONG),
-        *((name, _POINTER) for name in ("v", "mu", "sigma")),
+        *((name, _POINTER) for name in ("v", "mu", "sigma", "log_det")),
         *((name, _INT) for name in ("rows", "streams", "tokens", "feature_size")),
     ]
 
@@ -90,6 +90,13 @@ class _Newest(ctypes.Structure):
         ("transformer", ctypes.POINTER(_Transformer)),
         *((name, _POINTER) for name in ("noisy", "features", "turns", "missing", "asking", "score")),
         *((name, _INT) for name in ("rows", "frames", "tokens", "feature_size", "window", "ahead")),
+    ]
+
+
+class _Density(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("u", "mu", "sigma", "log_det", "z", "elements", "log_prob")),
+        *((name, _INT) for name in ("streams", "rows", "size")),
     ]
 
 
@@ -116,6 +123,49 @@ class Past(NamedTuple):
     def rows(self) -> int:
         """B."""
         return sum(c.rows for c in self.cohorts)
+
+
+class Shallow(NamedTuple):
+    """A block that a frame goes through after the first, alone."""
+
+    transformer: NativeTransformer
+    order: Order
+    alone: Past
+
+
+class Inverted(NamedTuple):
+    """u and x (B, N, D) before and after the shallow blocks; the first block's maps (S, B, N, D) at u; the elementwise
+    log-determinant (B, N, D) of the others at x.
+    """
+
+    u: Tensor
+    x: Tensor
+    maps: Affine
+    log_det: Tensor
+
+
+class Density(NamedTuple):
+    """z and elementwise nats (B, ...) under the first of some maps, and the nats (S, B) float64 under each."""
+
+    z: Tensor
+    elements: Tensor
+    log_prob: Tensor
+
+
+def density(u: Tensor, maps: Sequence[Affine], log_det: Tensor) -> Density:
+    """The density of u (B, ...) under each of some affine maps at it; log_det (B, ...) of what came before is added."""
+    mu, sigma = (torch.stack(each) for each in zip(*maps, strict=True))
+    kernels = native.library()
+    if kernels is None or u.device.type != "cpu" or u.dtype != torch.float32 or mu.dtype != torch.float32:
+        z = (u - mu) / sigma
+        elements = standard_normal_log_prob(z) - torch.log(sigma) + log_det
+        return Density(z[0], elements[0], elements.flatten(2).double().sum(2).cpu())
+    u, log_det = u.contiguous(), log_det.contiguous()
+    z, elements = torch.empty(2, *u.shape).unbind()
+    log_prob = torch.empty(len(maps), len(u), dtype=torch.float64)
+    addresses = (t.data_ptr() for t in (u, mu, sigma, log_det, z, elements, log_prob))
+    kernels.worldmodel_density(ctypes.byref(_Density(*addresses, *log_prob.shape, u[0].numel())))
+    return Density(z, elements, log_prob)
 
 
 def serves(transformer: Transformer) -> bool:
@@ -165,48 +215,69 @@ class NativeTransformer:
         )
 
     def invert(
-        self, order: Order, past: Past, w: Tensor, features: Tensor | None, streams: int
-    ) -> tuple[Tensor, Affine]:
-        """A frame token by token: noise w (B, N, D) to v (B, N, D) and the affine maps (S, B, N, D) under the action's
-        ``features`` (B, E) and, in a second stream, under none; raster order. K/V of the first go into the past's slots.
+        self,
+        order: Order,
+        past: Past,
+        w: Tensor,
+        features: Tensor | None,
+        streams: int,
+        shallow: Sequence[Shallow],
+    ) -> Inverted:
+        """A frame token by token: noise w (B, N, D) to u under the action's ``features`` (B, E) and, in a second stream,
+        under none, then through ``shallow`` blocks. K/V of the first stream go into the past's slots.
         """
         rows, tokens, dim = w.shape
         noise, features = w.contiguous(), None if features is None else features.contiguous()
-        v = torch.empty_like(noise)
+        v = torch.empty(1 + len(shallow), rows, tokens, dim)
         mu, sigma = torch.empty(2, streams, rows, tokens, dim).unbind()
+        spare, log_det = torch.empty(2, rows, tokens, dim), torch.zeros(rows, tokens, dim)
         cohorts, kept = _cohorts(past)
-        frame = _Frame(
+        here, size = v.data_ptr(), rows * tokens * dim * 4
+        frames = (_Frame * (1 + len(shallow)))()
+        frames[0] = _Frame(
             self._block(order),
             cohorts,
             noise.data_ptr(),
             *_last(past),
-            v.data_ptr(),
+            here,
             mu.data_ptr(),
             sigma.data_ptr(),
+            None,
             rows,
             streams,
             tokens,
             0 if features is None else features.shape[-1],
         )
-        frame.features = None if features is None else features.data_ptr()
-        self._run("worldmodel_invert", frame)
+        if features is not None:
+            frames[0].features = features.data_ptr()
+        shared = spare.data_ptr(), spare.data_ptr() + size, log_det.data_ptr(), rows, 1, tokens, 0
+        for index, (transformer, block, alone) in enumerate(shallow):
+            nothing, more = _cohorts(alone)
+            kept += more
+            before = here + index * size
+            frames[1 + index] = _Frame(
+                transformer._block(block), nothing, before, None, None, 0, before + size, *shared
+            )
+        self._run("worldmodel_invert", frames, len(frames))
         del kept
-        return v, Affine(mu, sigma)
+        return Inverted(v[0], v[-1], Affine(mu, sigma), log_det)
 
-    def extend(self, order: Order, past: Past, v: Tensor, features: Tensor | None, frames: int) -> Affine:
+    def extend(
+        self, order: Order, past: Past, v: Tensor, features: Tensor | None, frames: int, maps: bool = True
+    ) -> Affine:
         """Affine maps of a run of known tokens v (B, T * N, D) behind the past, raster order within each frame; features
-        (B, T, E). K/V go into the past's slots.
+        (B, T, E). K/V go into the past's slots; without ``maps`` nothing else is computed, and these are empty.
         """
         known = v.contiguous()
         features = None if features is None else features.contiguous()
-        mu, sigma = torch.empty(2, *known.shape).unbind()
+        mu, sigma = torch.empty(2, *known.shape if maps else (0,)).unbind()
         cohorts, kept = _cohorts(past)
         run = _Known(
             self._block(order),
             cohorts,
             known.data_ptr(),
             *_last(past),
-            mu.data_ptr(),
+            mu.data_ptr() if maps else None,
             sigma.data_ptr(),
             len(known),
             frames,
@@ -228,8 +299,8 @@ class NativeTransformer:
         window: int,
         look_ahead: int,
     ) -> Tensor:
-        """A denoiser's outputs (B, N, D) for the last frame of noisy (B, T, N, D); features (B, T, E), turns (T * N, K / 2);
-        row b's first ``missing[b]`` frames do not exist. See `Denoiser.newest_score`.
+        """A denoiser's outputs (B, N, D) for the last frame of noisy (B, T, N, D); features (B, T, E), turns
+        (T * N, K / 2); row b's first ``missing[b]`` frames do not exist. See `Denoiser.newest_score`.
         """
         noisy, missing = noisy.contiguous(), missing.to(torch.int32)
         features = None if features is None else features.contiguous()
@@ -254,12 +325,10 @@ class NativeTransformer:
         return score
 
     def _block(self, order: Order) -> _Block:
-        return _Block(
-            ctypes.pointer(self._transformer), order.sos.data_ptr(), order.soft_clip, order.flip
-        )
+        return _Block(ctypes.pointer(self._transformer), order.sos.data_ptr(), order.soft_clip, order.flip)
 
-    def _run(self, function: str, job: ctypes.Structure) -> None:
-        if self._kernels[function](ctypes.byref(job), torch.get_num_threads()):
+    def _run(self, function: str, job: ctypes.Structure | ctypes.Array[_Frame], *counts: int) -> None:
+        if self._kernels[function](ctypes.byref(job), *counts, torch.get_num_threads()):
             raise MemoryError("not enough memory for a pass of the flow; the state is unchanged")
 
 

@@ -7,13 +7,13 @@ the deep block, whose weights write K/V, and a context; they return another cont
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
 from worldmodel.flow.cache import Cohort, KVCache
 from worldmodel.flow.context import Context
 from worldmodel.flow.deep import DeepBlock
+from worldmodel.records import replace
 
 AHEAD = 2
 """Least number of the next window's frames that are encoded at a time: one by one they would cost more passes."""
@@ -79,7 +79,7 @@ def reencode(deep: DeepBlock, context: Context, keep: int) -> Context:
     )
     if keep:
         features = None if history is None else history[:, -keep:]
-        fresh, _ = deep.commit(deep.reserve(fresh, keep), context.u[:, -keep:], features)
+        fresh = deep.append(deep.reserve(fresh, keep), context.u[:, -keep:], features)
     return replace(fresh, u=context.u, features=history)
 
 
@@ -123,7 +123,7 @@ def _appended(deep: DeepBlock, ahead: Context, start: int, frames: int) -> Conte
     history, stop = ahead.features, start + frames
     before = replace(ahead, u=ahead.u[:, :start], features=None if history is None else history[:, :start])
     known = None if history is None else history[:, start:stop]
-    after, _ = deep.commit(deep.reserve(before, frames), ahead.u[:, start:stop], known)
+    after = deep.append(deep.reserve(before, frames), ahead.u[:, start:stop], known)
     return replace(after, u=ahead.u, features=history)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -51,6 +52,16 @@ class Linear(ctypes.Structure):
     ]
 
 
+class _Perceptron(ctypes.Structure):
+    _fields_ = [
+        ("map", ctypes.POINTER(Linear)),
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("maps", ctypes.c_int32),
+        ("rows", ctypes.c_int32),
+    ]
+
+
 def panels(weight: Tensor, panel: int) -> Tensor:
     """Weights (outputs, K) in panels of so many outputs, zeros behind the last: (panels, K, panel). float16 where it
     represents all of them, else float32.
@@ -88,3 +99,27 @@ class Weights:
             address = self.pointer(padded)
         half = laid_out.dtype == torch.float16
         return Linear(self.pointer(laid_out), address, weight.shape[1], weight.shape[0], half)
+
+
+class NativePerceptron:
+    """Linear maps, as pairs of weight and bias, with a SiLU between each two; see perceptron.c."""
+
+    def __init__(self, kernels: ctypes.CDLL, maps: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._run = kernels.worldmodel_perceptron
+        self._weights = weights = Weights(kernels)
+        self._maps = (Linear * len(maps))(*(weights.linear(*each) for each in maps))
+        self._inputs, self._outputs = maps[0][0].shape[1], len(maps[-1][0])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, inputs) float32 to (B, outputs).
+
+        Raises:
+            ValueError: another number of inputs.
+        """
+        if x.shape[1:] != (self._inputs,):
+            raise ValueError(f"inputs have shape {tuple(x.shape)}, expected (rows, {self._inputs})")
+        x, y = x.contiguous(), torch.empty(len(x), self._outputs)
+        job = _Perceptron(self._maps, x.data_ptr(), y.data_ptr(), len(self._maps), len(x))
+        if self._run(ctypes.byref(job)):
+            raise MemoryError("not enough memory for a perceptron's hidden units")
+        return y

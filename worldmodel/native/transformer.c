@@ -321,13 +321,13 @@ static int spread(Part part, const void *job, int rows, int threads)
 
 /* ---- a frame, token by token ------------------------------------------------------------------------------------------------ */
 /* noise, v (B, N, D) and mu, sigma (S, B, N, D), raster order. last (B, D): the token before, for rows that are not fresh,
- * with a stride of its own. features (B, E) or NULL. */
+ * with a stride of its own. features (B, E) or NULL. log_det (B, N, D): -log sigma is added to it, unless it is NULL. */
 typedef struct {
     Block block;
     const Cohort *cohort;
     const float *noise, *last, *features;
     int64_t last_stride;
-    float *v, *mu, *sigma;
+    float *v, *mu, *sigma, *log_det;
     int32_t rows, streams, tokens, feature_size;
 } Frame;
 
@@ -338,9 +338,8 @@ static int longest_past(const Sequence *s, int rows)
     return most;
 }
 
-static int invert(const void *job, int begin, int rows)
+static int invert(const Frame *f, int begin, int rows)
 {
-    const Frame *f = job;
     const Transformer *t = f->block.transformer;
     const int streams = f->streams, n = f->tokens, d = t->in.inputs, flip = f->block.flip;
     const ptrdiff_t ld = padded(t->width), ld_out = padded(t->head.outputs);
@@ -377,16 +376,38 @@ static int invert(const void *job, int begin, int rows)
                 float *token = tokens + row * d;
                 for (int j = 0; j < d; j++) token[j] = mu[j] + sigma[j] * f->noise[index + j];
                 memcpy(f->v + index, token, d * sizeof(float));
+                if (!f->log_det) continue;
+                for (int j = 0; j < d; j += LANES) store(mu + j, logarithm(load(sigma + j)));
+                for (int j = 0; j < d; j++) f->log_det[index + j] -= mu[j];
             }
     }
     free(s.memory);
     return 0;
 }
 
-int worldmodel_invert(const Frame *frame, int threads) { return spread(invert, frame, frame->rows, threads); }
+/* Blocks one after the other, each one's noise the v of the one before. */
+typedef struct {
+    const Frame *frame;
+    int frames;
+} Chain;
+
+static int invert_chain(const void *job, int begin, int rows)
+{
+    const Chain *chain = job;
+    int failed = 0;
+    for (int i = 0; i < chain->frames && !failed; i++) failed = invert(chain->frame + i, begin, rows);
+    return failed;
+}
+
+int worldmodel_invert(const Frame *frame, int frames, int threads)
+{
+    const Chain chain = {frame, frames};
+    return spread(invert_chain, &chain, frame->rows, threads);
+}
 
 /* ---- a run of known tokens ------------------------------------------------------------------------------------------------- */
-/* v, mu, sigma (B, T * N, D), raster order within each frame. last as in `Frame`. features (B, T, E) or NULL. */
+/* v, mu, sigma (B, T * N, D), raster order within each frame; mu NULL: only keys and values are wanted. last as in `Frame`.
+ * features (B, T, E) or NULL. */
 typedef struct {
     Block block;
     const Cohort *cohort;
@@ -426,8 +447,8 @@ static int extend(const void *job, int begin, int rows)
         }
     }
     layers(t, &s, rows, 1, run, 0, run);
-    head(t, &s, rows * run);
-    for (int row = 0; row < rows; row++)
+    if (f->mu) head(t, &s, rows * run);
+    for (int row = 0; f->mu && row < rows; row++)
         for (int i = 0; i < run; i++) {
             const int at = i / n * n + (flip ? n - 1 - i % n : i % n);
             const ptrdiff_t index = ((ptrdiff_t)(begin + row) * run + at) * d;
@@ -529,6 +550,44 @@ static int denoise(const void *job, int begin, int rows)
 }
 
 int worldmodel_denoise(const Newest *newest, int threads) { return spread(denoise, newest, newest->rows, threads); }
+
+/* ---- density --------------------------------------------------------------------------------------------------------------- */
+/* Of u, log_det (B, size) under affine maps mu, sigma (S, B, size): z and elementwise nats (B, size) under the first, and
+ * the nats log_prob (S, B) under each. */
+typedef struct {
+    const float *u, *mu, *sigma, *log_det;
+    float *z, *elements;
+    double *log_prob;
+    int32_t streams, rows, size;
+} Density;
+
+void worldmodel_density(const Density *f)
+{
+    const ptrdiff_t all = (ptrdiff_t)f->rows * f->size;
+    float nats[LANES], noise[LANES];
+    for (int stream = 0; stream < f->streams; stream++)
+        for (int row = 0; row < f->rows; row++) {
+            double total = 0;
+            for (int j = 0; j < f->size; j += LANES) {
+                const int count = f->size - j < LANES ? f->size - j : LANES;
+                const ptrdiff_t at = (ptrdiff_t)row * f->size + j, map = stream * all + at;
+                float part[4][LANES] = {{0}, {0}, {0}, {0}};
+                for (int k = 0; k < LANES; k++) part[2][k] = 1.0f;
+                memcpy(part[0], f->u + at, count * sizeof(float));
+                memcpy(part[1], f->mu + map, count * sizeof(float));
+                memcpy(part[2], f->sigma + map, count * sizeof(float));
+                memcpy(part[3], f->log_det + at, count * sizeof(float));
+                vec z = (load(part[0]) - load(part[1])) / load(part[2]);
+                store(noise, z);
+                store(nats, load(part[3]) - logarithm(load(part[2])) - 0.5f * (z * z + 1.8378770664f));
+                for (int k = 0; k < count; k++) total += nats[k];
+                if (stream) continue;
+                memcpy(f->z + at, noise, count * sizeof(float));
+                memcpy(f->elements + at, nats, count * sizeof(float));
+            }
+            f->log_prob[(ptrdiff_t)stream * f->rows + row] = total;
+        }
+}
 
 /* ---- what this library is ---------------------------------------------------------------------------------------------------- */
 /* Columns of a panel of packed weights, and the version of this interface: see worldmodel/native/__init__.py. */
