@@ -50,11 +50,47 @@ INLINE void tile(int rows, int panels, int half, const Linear *map, int panel, c
         }
 }
 
+enum { MANY_ROWS = 32, MOST_INPUTS = 2048 }; /* where a panel of halves is worth converting once, on the stack */
+
 #define TILE(ROWS, PANELS)                                                                            \
     do {                                                                                              \
         if (map->half) tile(ROWS, PANELS, 1, map, panel, x, ldx, y, ldy, kind);                       \
         else tile(ROWS, PANELS, 0, map, panel, x, ldx, y, ldy, kind);                                 \
     } while (0)
+
+/* One panel of y for all rows. */
+INLINE void rows_of(const Linear *map, int panel, int rows, const float *x, ptrdiff_t ldx, float *y, ptrdiff_t ldy, int kind)
+{
+    for (int n; rows; x += n * ldx, y += n * ldy, rows -= n) {
+        if (rows >= TILE_ROWS) n = TILE_ROWS;
+        else if (TILE_ROWS > 8 && rows >= 8) n = 8;
+        else n = rows < 6 ? rows : 6;
+        switch (n) {
+        case TILE_ROWS: TILE(TILE_ROWS, 1); break;
+#if TILE_ROWS > 8
+        case 8: TILE(8, 1); break;
+        case 6: TILE(6, 1); break;
+#endif
+        case 5: TILE(5, 1); break;
+        case 4: TILE(4, 1); break;
+        case 3: TILE(3, 1); break;
+        case 2: TILE(2, 1); break;
+        default: TILE(1, 1); break;
+        }
+    }
+}
+
+/* The same from weights in float16, converted first. */
+static __attribute__((noinline)) void converted(const Linear *map, int panel, int rows, const float *x, ptrdiff_t ldx,
+                                                float *y, ptrdiff_t ldy, int kind)
+{
+    const int size = map->inputs * PANEL, column = panel * PANEL;
+    float weight[size] __attribute__((aligned(64)));
+    const uint16_t *half = (const uint16_t *)map->weight + (ptrdiff_t)panel * size;
+    for (int i = 0; i < size; i += LANES) store(weight + i, load_half(half + i));
+    const Linear one = {weight, map->bias ? map->bias + column : NULL, map->inputs, PANEL, 0};
+    rows_of(&one, 0, rows, x, ldx, y + column, ldy, kind);
+}
 
 /* y (rows, padded outputs) from x (rows, inputs); leading dimensions ldx, ldy. `kind`: what is done to it on its way. */
 static __attribute__((noinline)) void linear(const Linear *map, int rows, const float *x, ptrdiff_t ldx, float *y,
@@ -73,34 +109,9 @@ static __attribute__((noinline)) void linear(const Linear *map, int rows, const 
             else TILE(3, 1);
         return;
     }
-    for (int panel = 0; panel < panels; panel++) {
-        const float *const first = x;
-        float *const result = y;
-        int left = rows;
-        while (left) {
-            int n;
-            if (left >= TILE_ROWS) n = TILE_ROWS;
-            else if (left >= 8 && TILE_ROWS > 8) n = 8;
-            else n = left < 6 ? left : 6;
-            switch (n) {
-            case TILE_ROWS: TILE(TILE_ROWS, 1); break;
-#if TILE_ROWS > 8
-            case 8: TILE(8, 1); break;
-            case 6: TILE(6, 1); break;
-#endif
-            case 5: TILE(5, 1); break;
-            case 4: TILE(4, 1); break;
-            case 3: TILE(3, 1); break;
-            case 2: TILE(2, 1); break;
-            default: TILE(1, 1); break;
-            }
-            x += n * ldx;
-            y += n * ldy;
-            left -= n;
-        }
-        x = first;
-        y = result;
-    }
+    for (int panel = 0; panel < panels; panel++)
+        if (map->half && rows >= MANY_ROWS && map->inputs <= MOST_INPUTS) converted(map, panel, rows, x, ldx, y, ldy, kind);
+        else rows_of(map, panel, rows, x, ldx, y, ldy, kind);
 }
 
 #endif

@@ -131,7 +131,7 @@ INLINE void rotate(const float *x, const float *turn, int size, float scale, flo
 {
     ivec lane;
     UNROLL for (int i = 0; i < LANES; i++) lane[i] = i;
-    const vec sign = choose((lane & 1) != 0, splat(1.0f), splat(-1.0f)) * scale;
+    const vec sign = __builtin_convertvector(2 * (lane & 1) - 1, vec) * scale;
     for (int i = 0; i < size; i += LANES) {
         vec v = load(x + i), c = load(turn + i);
         store(y + i, v * (__builtin_shuffle(c, lane & ~1) * scale) +
@@ -160,8 +160,7 @@ static void attend(const float *query, const float **keys, const float **values,
     }
     const float most = largest(top);
     for (int j = 0; j < n; j += LANES) {
-        vec logit = load(logits + j), weight = exponential(logit - most);
-        weight = choose(logit == lowest, splat(0.0f), weight);
+        vec logit = load(logits + j), weight = choose(below(lowest, logit), exponential(logit - most), splat(0.0f));
         total += weight;
         store(logits + j, weight);
     }
