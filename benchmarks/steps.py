@@ -402,9 +402,9 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 def frames_of(world: WorldModel, after: WorldState, exact_noisy: Tensor) -> Tensor:
     """The frames that the chunk behind the state ``after`` has where its noisy tokens are these, (B, 1, N, D)."""
-    swapped = replace(after, noisy=torch.cat((after.noisy[:, :-1], exact_noisy), dim=1))
+    swapped = replace(after, noisy=torch.cat((after.noisy[:, :-1], exact_noisy), dim=1), denoiser=None)
     with torch.no_grad():
-        latent = world.flow.latents(clean_frame(world.flow, world.grid, swapped), world.grid)
+        latent = world.flow.latents(clean_frame(world.flow, world.grid, swapped)[0], world.grid)
         return world.codec.decode(latent, {})[0]
 
 

@@ -122,7 +122,7 @@ def test_sessions_of_unlike_lengths_are_denoised_as_if_alone(tmp_path: Path) -> 
     world = toy_world(tmp_path / "world", TEXT, denoiser_layers=0)
     first, _ = world.step(world.initial_state([1], PROMPTS[:1]))
     second, _ = world.step(world.step(world.initial_state([2], PROMPTS[1:]))[0])
-    together = clean_frame(world.flow, world.grid, WorldState.concat((second, first, second)))
+    together, _ = clean_frame(world.flow, world.grid, WorldState.concat((second, first, second)))
     for row, state in zip(together, (second, first, second), strict=True):
         alone = by_score(world.flow, world.grid, state)
         assert torch.equal(row[None], alone)

@@ -17,13 +17,26 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from worldmodel.flow.affine import Affine, standard_normal_log_prob
+from worldmodel.flow.denoiser import SCORE_SCALE
 from worldmodel.flow.flow import Flow
 from worldmodel.state import WorldState
 
 
-def clean_frame(flow: Flow, grid: tuple[int, int], state: WorldState) -> Tensor:
-    """The newest frame's tokens (B, 1, N, D) without noise."""
-    return by_score(flow, grid, state) if flow.denoiser is None else by_denoiser(flow, grid, state)
+def clean_frame(flow: Flow, grid: tuple[int, int], state: WorldState) -> tuple[Tensor, Tensor | None]:
+    """The newest frame's tokens (B, 1, N, D) without noise, and what the denoiser keeps for the next step, which is to be
+    the `WorldState.denoiser` of the state; None where it keeps nothing. The state's own is of the frames before.
+    """
+    if flow.denoiser is None:
+        return by_score(flow, grid, state), None
+    if not flow.denoiser.keeps or state.context.text is not None or state.noisy.dtype != torch.float32:
+        return by_denoiser(flow, grid, state), None
+    counts, features = state.steps.tolist(), state.context.features
+    frames = min(max(counts), state.noisy.shape[1])
+    known = None if features is None else features[:, -frames:]
+    score, kept = flow.denoiser.newest_and_kept(
+        state.noisy[:, -frames:], grid, known, counts, state.denoiser
+    )
+    return state.noisy[:, -1:] - SCORE_SCALE * score, kept
 
 
 def by_denoiser(flow: Flow, grid: tuple[int, int], state: WorldState) -> Tensor:

@@ -31,6 +31,8 @@ class WorldState:
     function of; ``steps`` counts the chunks of a session. forks: (B,) int64, how often a branch was forked.
     log_prob: (B,) float64, nats of all chunks since the start. prompts: (B,) captions as given, None in a world without.
     seen: (B, `HeadsConfig.seen`) what an eye keeps of the chunks so far, None in a world whose heads have none.
+    denoiser: what the denoiser keeps of the last frames, see `Denoiser.newest_and_kept`; it follows from ``noisy``, so it
+    is not saved, and None where it must be computed again.
     """
 
     context: Context
@@ -44,6 +46,7 @@ class WorldState:
     log_prob: Tensor
     prompts: tuple[str, ...] | None = None
     seen: Tensor | None = None
+    denoiser: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -59,7 +62,7 @@ class WorldState:
     def nbytes(self) -> int:
         """Bytes held: K/V in view (shared pages once) and all other tensors."""
         return sum(c.nbytes for c in self.caches().values()) + sum(
-            t.untyped_storage().nbytes() for t in self._tensors().values()
+            t.untyped_storage().nbytes() for t in (*self._tensors().values(), self.denoiser) if t is not None
         )
 
     def fork(self, n: int) -> WorldState:
@@ -89,6 +92,7 @@ class WorldState:
             self.log_prob.repeat_interleave(n),
             None if self.prompts is None else tuple(p for p in self.prompts for _ in range(n)),
             None if self.seen is None else repeat_rows(self.seen, n),
+            None if self.denoiser is None else repeat_rows(self.denoiser, n),
         )
 
     def select(self, indices: Sequence[int]) -> WorldState:
@@ -115,6 +119,7 @@ class WorldState:
             self.log_prob[index],
             None if self.prompts is None else tuple(self.prompts[i] for i in rows),
             None if self.seen is None else self.seen[on_device],
+            None if self.denoiser is None else self.denoiser[on_device],
         )
 
     @staticmethod
@@ -142,6 +147,7 @@ class WorldState:
             join("log_prob"),
             None if states[0].prompts is None else tuple(p for s in states for p in s.prompts or ()),
             None if states[0].seen is None else join("seen"),
+            None if any(s.denoiser is None for s in states) else join("denoiser"),
         )
 
     def gathered(self) -> WorldState:

@@ -208,7 +208,8 @@ class WorldModel(WorldParts):
         )
         if not action_gain:
             chunk = replace(chunk, action_gain=torch.full_like(chunk.log_prob, math.nan))
-        latent = self.flow.latents(clean_frame(self.flow, self.grid, after), self.grid)[:, 0]
+        clean, kept = clean_frame(self.flow, self.grid, after)
+        latent = self.flow.latents(clean, self.grid)[:, 0]
         codec = state.codec
         frames = torch.empty(state.rows, 0, *self.spec.frame_size, 3, dtype=torch.uint8)
         if decode:
@@ -217,7 +218,7 @@ class WorldModel(WorldParts):
                 _, codec = self.codec.encode(frames, codec)
         after, chunk = self._judged(after, chunk, latent, packed, frames)
         chunk = replace(chunk, frames=frames, sweeps=made.sweeps, residual=made.residual)
-        return replace(after, latent=latent, codec=codec), chunk
+        return replace(after, latent=latent, codec=codec, denoiser=kept), chunk
 
     @torch.no_grad()
     def observe(
@@ -240,7 +241,8 @@ class WorldModel(WorldParts):
         if codec:  # and its decoder what was observed
             _, codec = self.codec.decode(latent[:, None], codec)
         after, chunk = self._judged(after, chunk, latent, packed, pixels)
-        return replace(after, latent=latent, codec=codec), replace(chunk, frames=pixels)
+        after = replace(after, latent=latent, codec=codec, denoiser=None)
+        return after, replace(chunk, frames=pixels)
 
     @torch.no_grad()
     def score(

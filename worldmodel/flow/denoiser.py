@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -84,17 +85,41 @@ class Denoiser(nn.Module):
         t, layers = self.transformer, len(self.transformer.layers)
         back = max(0, self.window - self.look_ahead + 1)
         reach = [min(frames, 1 + back * (layers - 1 - i)) * tokens for i in range(layers)]
-        if t.native is not None and text is None and noisy.dtype == torch.float32:
-            turned = frame_turns(grid, 0, frames, self.scale, t.head_dim, noisy.device)
-            missing = torch.zeros(len(noisy), dtype=torch.int32) if valid is None else frames - valid.sum(1)
-            return t.native.newest(noisy, features, turned, missing, reach, self.window, self.look_ahead)[
-                :, None
-            ]
         x, rotary, mask = self._sequence(noisy, grid, text, features, valid)
         if x.shape[1] > frames * tokens:  # the condition's rows look at the first frames
             reach = [x.shape[1]] * (layers - 1) + reach[-1:]
         out = t.newest(x, turns(rotary), _added(mask, x.dtype), reach) if layers else x
         return t.head(out[:, -tokens:])[:, None]
+
+    @property
+    def keeps(self) -> bool:
+        """Whether `newest_and_kept` serves: the kernels do, and no frame looks ahead."""
+        return self.look_ahead == 1 and self.transformer.native is not None
+
+    def newest_and_kept(
+        self,
+        noisy: Tensor,
+        grid: tuple[int, int],
+        features: Tensor | None,
+        counts: Sequence[int],
+        kept: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `newest_score` without a condition, and the keys and values of the last ``window`` frames (B, layers, 2,
+        window * N, W), before their rotation; given as ``kept`` in the next step, they spare all frames but the newest.
+
+        The newest frame depends on the frames before it alone, so what was computed of them then is what would be now, bit
+        for bit. ``counts``: frames of each session so far, the newest included.
+        """
+        t, layers = self.transformer, len(self.transformer.layers)
+        assert t.native is not None
+        frames = noisy.shape[1] if kept is None else 1
+        noisy, features = noisy[:, -frames:], None if features is None else features[:, -frames:]
+        turned = frame_turns(grid, 0, self.window + 1, self.scale, t.head_dim, noisy.device)
+        within = frames if kept is None else self.window + 1
+        asking = [min(frames, 1 + self.window * (layers - 1 - i)) for i in range(layers)]
+        missing = [max(0, within - count) for count in counts]
+        score, kept = t.native.newest(noisy, features, turned, missing, asking, self.window, kept)
+        return score[:, None], kept
 
     def _sequence(
         self,

@@ -88,8 +88,9 @@ class _Known(ctypes.Structure):
 class _Newest(ctypes.Structure):
     _fields_ = [
         ("transformer", ctypes.POINTER(_Transformer)),
-        *((name, _POINTER) for name in ("noisy", "features", "turns", "missing", "asking", "score")),
-        *((name, _INT) for name in ("rows", "frames", "tokens", "feature_size", "window", "ahead")),
+        *((name, _POINTER) for name in ("noisy", "features", "turns", "cached", "missing", "asking")),
+        *((name, _POINTER) for name in ("score", "kept")),
+        *((name, _INT) for name in ("rows", "frames", "tokens", "feature_size", "window")),
     ]
 
 
@@ -294,18 +295,24 @@ class NativeTransformer:
         noisy: Tensor,
         features: Tensor | None,
         turns: Tensor,
-        missing: Tensor,
+        missing: Sequence[int],
         asking: Sequence[int],
         window: int,
-        look_ahead: int,
-    ) -> Tensor:
-        """A denoiser's outputs (B, N, D) for the last frame of noisy (B, T, N, D); features (B, T, E), turns
-        (T * N, K / 2); row b's first ``missing[b]`` frames do not exist. See `Denoiser.newest_score`.
+        cached: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """A denoiser's outputs (B, N, D) for the last frame of noisy (B, T, N, D), and what it keeps of the last frames
+        (B, layers, 2, window * N, W): as ``cached`` in the next step that stands for all frames but the newest (T = 1).
+
+        features (B, T, E); turns ((window + 1) * N, K / 2); row b's first ``missing[b]`` frames do not exist, of T or, with
+        ``cached``, of window + 1. Each layer goes on with its last ``asking`` frames.
         """
-        noisy, missing = noisy.contiguous(), missing.to(torch.int32)
+        noisy, rows = noisy.contiguous(), len(noisy)
         features = None if features is None else features.contiguous()
-        score = torch.empty(noisy.shape[0], *noisy.shape[2:])
-        asks = (_INT * len(asking))(*asking)
+        cached = None if cached is None else cached.contiguous()
+        score = torch.empty(rows, *noisy.shape[2:])
+        shape = (rows, self._transformer.layers, 2, window * noisy.shape[2], self._transformer.width)
+        kept = torch.empty(shape)
+        absent, asks = (_INT * rows)(*missing), (_INT * len(asking))(*asking)
         self._run(
             "worldmodel_denoise",
             _Newest(
@@ -313,16 +320,17 @@ class NativeTransformer:
                 noisy.data_ptr(),
                 None if features is None else features.data_ptr(),
                 turns.data_ptr(),
-                missing.data_ptr(),
+                None if cached is None else cached.data_ptr(),
+                ctypes.addressof(absent),
                 ctypes.addressof(asks),
                 score.data_ptr(),
+                kept.data_ptr(),
                 *noisy.shape[:3],
                 0 if features is None else features.shape[-1],
                 window,
-                look_ahead,
             ),
         )
-        return score
+        return score, kept
 
     def _block(self, order: Order) -> _Block:
         return _Block(ctypes.pointer(self._transformer), order.sos.data_ptr(), order.soft_clip, order.flip)
