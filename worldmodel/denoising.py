@@ -33,9 +33,7 @@ def clean_frame(flow: Flow, grid: tuple[int, int], state: WorldState) -> tuple[T
     counts, features = state.steps.tolist(), state.context.features
     frames = min(max(counts), state.noisy.shape[1])
     known = None if features is None else features[:, -frames:]
-    score, kept = flow.denoiser.newest_and_kept(
-        state.noisy[:, -frames:], grid, known, counts, state.denoiser
-    )
+    score, kept = flow.denoiser.newest_and_kept(state.noisy[:, -frames:], grid, known, counts, state.denoiser)
     return state.noisy[:, -1:] - SCORE_SCALE * score, kept
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from einops import rearrange
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from worldmodel.codec.base import CodecState
+from worldmodel.codec.native import LEVELS, NativeDecoder
 from worldmodel.errors import CheckpointError, ConfigError, InputError
 from worldmodel.files import load_tensors, require_at_least, save_tensors
 from worldmodel.invariance import PICTURES, with_rows
-from worldmodel.packed import PointConv2d, is_packed
+from worldmodel.native import library
+from worldmodel.packed import Packable, PointConv2d, is_packed
 
 PIXEL_SCALE = 128.0
 
@@ -117,7 +119,7 @@ def decoder(config: ConvCodecConfig) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class ConvCodec(nn.Module):
+class ConvCodec(Packable):
     """See the module's docstring. Chunks are coded alone: the streaming state is empty.
 
     Buffers, fitted on the training data: ``background`` (3, height, width) in pixels, ``latent_mean`` (C,
@@ -160,6 +162,15 @@ class ConvCodec(nn.Module):
     def initial_state(self, batch: int) -> CodecState:
         """An empty state: nothing is remembered between chunks."""
         return {}
+
+    @property
+    def native(self) -> NativeDecoder | None:
+        """The decoder for the kernels of `worldmodel.native`, where they serve; laid out at first use."""
+        if self._waiting:
+            kernels = library() if len(self.config.widths) <= LEVELS else None
+            self._kernel = NativeDecoder(kernels, self) if kernels else None
+            self._waiting = False
+        return cast("NativeDecoder | None", self._kernel)
 
     def _pictures(self, layers: nn.Module) -> int:
         return 1 if is_packed(layers) else PICTURES
@@ -215,6 +226,9 @@ class ConvCodec(nn.Module):
                 f"expected floating point (batch, time, {', '.join(map(str, size))})"
             )
         batch = len(latents)
+        if self.native is not None and latents.dtype == torch.float32:
+            frames = self.native(latents.flatten(0, 1))
+            return frames.view(batch, -1, *frames.shape[2:]), state
         rows = rearrange(latents, "B T C h w -> (B T) C h w").contiguous(memory_format=torch.channels_last)
         chunks = with_rows(self._pictures(self.decoder), lambda x: self.to_pixels(self.decoder(x)), rows)
         return rearrange(chunks, "(B T) F height width c -> B (T F) height width c", B=batch), state

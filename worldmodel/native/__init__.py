@@ -12,12 +12,17 @@ import importlib.util
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 INTERFACE = 1
 """Version of the C interface; raised with every change of it."""
+
+Entry = TypeVar("Entry", bound=ctypes.Structure)
 
 LEVELS = {"AVX512": ("_v4", "_v3"), "AVX2": ("_v3",)}
 """Builds by what torch says of the processor, best first."""
@@ -62,43 +67,44 @@ class _Perceptron(ctypes.Structure):
     ]
 
 
-def panels(weight: Tensor, panel: int) -> Tensor:
-    """Weights (outputs, K) in panels of so many outputs, zeros behind the last: (panels, K, panel). float16 where it
-    represents all of them, else float32.
-    """
-    outputs, inputs = weight.shape
-    count = -(-outputs // panel)
-    padded = torch.zeros(count * panel, inputs)
-    padded[:outputs] = weight.detach()
-    laid_out = padded.view(count, panel, inputs).mT.contiguous()
-    half = laid_out.half()
-    return half if torch.equal(half.float(), laid_out) else laid_out
-
-
 class Weights:
-    """Tensors that a structure of pointers points into, kept with it."""
+    """Weights laid out for the kernels, kept for the structures of pointers that point to them."""
 
     def __init__(self, kernels: ctypes.CDLL) -> None:
         self.panel = int(kernels.worldmodel_panel())
-        self._kept: list[Tensor] = []
+        self._kept: list[Any] = []
 
     def pointer(self, tensor: Tensor) -> int:
-        """The address of a tensor's numbers, which stay where they are."""
+        """The address of a tensor's numbers, in order."""
         self._kept.append(tensor.detach().contiguous())
-        return self._kept[-1].data_ptr()
+        return int(self._kept[-1].data_ptr())
+
+    def array(self, kind: type[Entry], items: Sequence[Entry]) -> ctypes.Array[Entry]:
+        """Structures one behind the other."""
+        self._kept.append((kind * len(items))(*items))
+        return cast("ctypes.Array[Entry]", self._kept[-1])
+
+    def padded(self, tensor: Tensor) -> Tensor:
+        """Zeros behind the last of the last axis, to whole panels."""
+        return F.pad(tensor, (0, -tensor.shape[-1] % self.panel))
+
+    def panels(self, weight: Tensor) -> Tensor:
+        """(..., outputs, K) to (panels, ..., K, panel)."""
+        return rearrange(self.padded(weight.mT), "... k (n panel) -> n ... k panel", panel=self.panel)
 
     def linear(self, weight: Tensor | None, bias: Tensor | None) -> Linear:
-        """A linear map (outputs, K) and its bias; of none, the map without inputs."""
+        """A linear map (outputs, K) and its bias; of none, the map without inputs. float16 where it represents all of it."""
         if weight is None:
             return Linear()
-        laid_out = panels(weight, self.panel)
-        address = None
-        if bias is not None:
-            padded = torch.zeros(len(laid_out) * self.panel)
-            padded[: len(bias)] = bias.detach()
-            address = self.pointer(padded)
-        half = laid_out.dtype == torch.float16
-        return Linear(self.pointer(laid_out), address, weight.shape[1], weight.shape[0], half)
+        half = torch.equal(weight.half().float(), weight)
+        panels = self.panels(weight)
+        return Linear(
+            self.pointer(panels.half() if half else panels),
+            None if bias is None else self.pointer(self.padded(bias)),
+            weight.shape[1],
+            weight.shape[0],
+            half,
+        )
 
 
 class NativePerceptron:
@@ -107,7 +113,7 @@ class NativePerceptron:
     def __init__(self, kernels: ctypes.CDLL, maps: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._run = kernels.worldmodel_perceptron
         self._weights = weights = Weights(kernels)
-        self._maps = (Linear * len(maps))(*(weights.linear(*each) for each in maps))
+        self._maps = weights.array(Linear, [weights.linear(*each) for each in maps])
         self._inputs, self._outputs = maps[0][0].shape[1], len(maps[-1][0])
 
     def __call__(self, x: Tensor) -> Tensor:

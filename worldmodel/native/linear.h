@@ -16,9 +16,9 @@ enum { PLAIN, GELU, SILU, ADD };
 
 INLINE int padded(int n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
-/* `rows` x (`panels` * PANEL) of y; rows and panels are constants. */
+/* `rows` x (`panels` * PANEL) of y; rows, panels and half are constants. */
 INLINE void tile(int rows, int panels, int half, const Linear *map, int panel, const float *x, ptrdiff_t ldx,
-                 float *y, ptrdiff_t ldy, int kind)
+                 float *y, ptrdiff_t ldy, int add)
 {
     const int k = map->inputs;
     const ptrdiff_t stride = (ptrdiff_t)k * PANEL;
@@ -38,80 +38,91 @@ INLINE void tile(int rows, int panels, int half, const Linear *map, int panel, c
             UNROLL for (int c = 0; c < 2 * panels; c++) sums[r][c] += value * column[c];
         }
     }
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int c = 0; c < 2 * panels; c++) {
-            ptrdiff_t at = (ptrdiff_t)panel * PANEL + c * LANES;
-            vec v = sums[r][c];
-            if (map->bias) v += load(map->bias + at);
-            if (kind == GELU) v = gelu(v);
-            if (kind == SILU) v = silu(v);
-            if (kind == ADD) v += load(y + r * ldy + at);
+    UNROLL for (int c = 0; c < 2 * panels; c++) {
+        const ptrdiff_t at = (ptrdiff_t)panel * PANEL + c * LANES;
+        const vec bias = map->bias ? load(map->bias + at) : splat(0.0f);
+        UNROLL for (int r = 0; r < rows; r++) {
+            vec v = sums[r][c] + bias;
+            if (add) v += load(y + r * ldy + at);
             store(y + r * ldy + at, v);
         }
-}
-
-enum { MANY_ROWS = 32, MOST_INPUTS = 2048 }; /* where a panel of halves is worth converting once, on the stack */
-
-#define TILE(ROWS, PANELS)                                                                            \
-    do {                                                                                              \
-        if (map->half) tile(ROWS, PANELS, 1, map, panel, x, ldx, y, ldy, kind);                       \
-        else tile(ROWS, PANELS, 0, map, panel, x, ldx, y, ldy, kind);                                 \
-    } while (0)
-
-/* One panel of y for all rows. */
-INLINE void rows_of(const Linear *map, int panel, int rows, const float *x, ptrdiff_t ldx, float *y, ptrdiff_t ldy, int kind)
-{
-    for (int n; rows; x += n * ldx, y += n * ldy, rows -= n) {
-        if (rows >= TILE_ROWS) n = TILE_ROWS;
-        else if (TILE_ROWS > 8 && rows >= 8) n = 8;
-        else n = rows < 6 ? rows : 6;
-        switch (n) {
-        case TILE_ROWS: TILE(TILE_ROWS, 1); break;
-#if TILE_ROWS > 8
-        case 8: TILE(8, 1); break;
-        case 6: TILE(6, 1); break;
-#endif
-        case 5: TILE(5, 1); break;
-        case 4: TILE(4, 1); break;
-        case 3: TILE(3, 1); break;
-        case 2: TILE(2, 1); break;
-        default: TILE(1, 1); break;
-        }
     }
 }
 
-/* The same from weights in float16, converted first. */
-static __attribute__((noinline)) void converted(const Linear *map, int panel, int rows, const float *x, ptrdiff_t ldx,
-                                                float *y, ptrdiff_t ldy, int kind)
+/* A function for each number of rows, so that they are compiled once. */
+#define TILES(ROWS, PANELS)                                                                                          \
+    static __attribute__((noinline, unused)) void tile_##ROWS##_##PANELS(                                            \
+        const Linear *map, int panel, const float *x, ptrdiff_t ldx, float *y, ptrdiff_t ldy, int add)               \
+    {                                                                                                                \
+        if (map->half) tile(ROWS, PANELS, 1, map, panel, x, ldx, y, ldy, add);                                       \
+        else tile(ROWS, PANELS, 0, map, panel, x, ldx, y, ldy, add);                                                 \
+    }
+TILES(1, 2)
+TILES(2, 2)
+TILES(3, 2)
+TILES(1, 1)
+TILES(2, 1)
+TILES(3, 1)
+TILES(4, 1)
+TILES(5, 1)
+TILES(6, 1)
+#if TILE_ROWS > 6
+TILES(7, 1)
+TILES(8, 1)
+TILES(9, 1)
+TILES(10, 1)
+TILES(11, 1)
+TILES(12, 1)
+#endif
+
+typedef void (*Tile)(const Linear *, int, const float *, ptrdiff_t, float *, ptrdiff_t, int);
+
+static const Tile one_panel[] = {
+    tile_1_1, tile_2_1, tile_3_1, tile_4_1, tile_5_1, tile_6_1,
+#if TILE_ROWS > 6
+    tile_7_1, tile_8_1, tile_9_1, tile_10_1, tile_11_1, tile_12_1,
+#endif
+};
+static const Tile two_panels[] = {tile_1_2, tile_2_2, tile_3_2};
+
+static void activate_rows(int rows, int columns, float *y, ptrdiff_t ldy, int kind)
 {
-    const int size = map->inputs * PANEL, column = panel * PANEL;
-    float weight[size] __attribute__((aligned(64)));
-    const uint16_t *half = (const uint16_t *)map->weight + (ptrdiff_t)panel * size;
-    for (int i = 0; i < size; i += LANES) store(weight + i, load_half(half + i));
-    const Linear one = {weight, map->bias ? map->bias + column : NULL, map->inputs, PANEL, 0};
-    rows_of(&one, 0, rows, x, ldx, y + column, ldy, kind);
+    for (int r = 0; r < rows; r++, y += ldy)
+        for (int i = 0; i < columns; i += LANES) store(y + i, kind == GELU ? gelu(load(y + i)) : silu(load(y + i)));
 }
+
+enum { FEW_ROWS = 3, MANY_ROWS = 32, MOST_INPUTS = 2048 };
 
 /* y (rows, padded outputs) from x (rows, inputs); leading dimensions ldx, ldy. `kind`: what is done to it on its way. */
-static __attribute__((noinline)) void linear(const Linear *map, int rows, const float *x, ptrdiff_t ldx, float *y,
-                                             ptrdiff_t ldy, int kind)
+static __attribute__((noinline, unused)) void linear(const Linear *map, int rows, const float *x, ptrdiff_t ldx, float *y,
+                                                     ptrdiff_t ldy, int kind)
 {
-    const int panels = padded(map->outputs) / PANEL;
-    if (rows <= 3) { /* bound by reading weights: two panels at a time keep enough sums under way */
-        int panel = 0;
-        for (; panel + 2 <= panels; panel += 2)
-            if (rows == 1) TILE(1, 2);
-            else if (rows == 2) TILE(2, 2);
-            else TILE(3, 2);
-        for (; panel < panels; panel++)
-            if (rows == 1) TILE(1, 1);
-            else if (rows == 2) TILE(2, 1);
-            else TILE(3, 1);
-        return;
+    const int panels = padded(map->outputs) / PANEL, size = map->inputs * PANEL;
+    /* A panel of halves is worth converting once, on the stack, for many rows. */
+    const int convert = map->half && rows >= MANY_ROWS && map->inputs <= MOST_INPUTS;
+    float converted[convert ? size : 1] __attribute__((aligned(64)));
+    for (int panel = 0, wide; panel < panels; panel += wide) {
+        /* Few rows are bound by reading weights: two panels at a time keep enough sums under way. */
+        wide = rows <= FEW_ROWS && panel + 2 <= panels ? 2 : 1;
+        Linear one = *map;
+        int column = panel;
+        if (convert) {
+            const uint16_t *half = (const uint16_t *)map->weight + (ptrdiff_t)panel * size;
+            for (int i = 0; i < size; i += LANES) store(converted + i, load_half(half + i));
+            one = (Linear){converted, map->bias ? map->bias + panel * PANEL : NULL, map->inputs, PANEL, 0};
+            column = 0;
+        }
+        float *result = y + (ptrdiff_t)(panel - column) * PANEL;
+        for (int done = 0, n; done < rows; done += n) {
+            const int left = rows - done; /* the last two tiles are alike */
+            n = left >= 2 * TILE_ROWS ? TILE_ROWS : left > TILE_ROWS ? (left + 1) / 2 : left;
+            if (n < 1) __builtin_unreachable();
+            (wide == 2 ? two_panels : one_panel)[n - 1](&one, column, x + done * ldx, ldx, result + done * ldy, ldy,
+                                                        kind == ADD);
+            if (kind == GELU || kind == SILU)
+                activate_rows(n, wide * PANEL, y + done * ldy + (ptrdiff_t)panel * PANEL, ldy, kind);
+        }
     }
-    for (int panel = 0; panel < panels; panel++)
-        if (map->half && rows >= MANY_ROWS && map->inputs <= MOST_INPUTS) converted(map, panel, rows, x, ldx, y, ldy, kind);
-        else rows_of(map, panel, rows, x, ldx, y, ldy, kind);
 }
 
 #endif

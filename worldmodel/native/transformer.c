@@ -6,9 +6,9 @@
  * tokens of a frame, D dimensions of a token, W width, H heads, K head width. Sequences do not depend on each other, bit
  * for bit, so threads share them out in any way. */
 #include "linear.h"
+#include "threads.h"
 
 #include <math.h>
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -280,43 +280,10 @@ static void head(const Transformer *t, Scratch *s, int m)
     linear(&t->head, m, s->x, ld, s->out, padded(t->head.outputs), PLAIN);
 }
 
-/* ---- threads -------------------------------------------------------------------------------------------------------------- */
-#define FEWEST 8 /* sequences a thread, at least: fewer would read the same weights for too little */
-#define MOST 64  /* sequences at a time, at most: their hidden states stay in the cache */
-
-typedef int (*Part)(const void *job, int begin, int rows);
-
-typedef struct {
-    Part part;
-    const void *job;
-    int rows, step, next, failed;
-} Shared;
-
-static void *work(void *argument)
-{
-    Shared *shared = argument;
-    for (;;) {
-        int begin = __atomic_fetch_add(&shared->next, shared->step, __ATOMIC_RELAXED);
-        if (begin >= shared->rows) return NULL;
-        int rows = shared->rows - begin < shared->step ? shared->rows - begin : shared->step;
-        if (shared->part(shared->job, begin, rows)) __atomic_store_n(&shared->failed, 1, __ATOMIC_RELAXED);
-    }
-}
-
-/* All rows, in parts, on up to so many threads. 0, or 1 where memory is lacking. */
-static int spread(Part part, const void *job, int rows, int threads)
-{
-    if (threads > rows / FEWEST) threads = rows / FEWEST ? rows / FEWEST : 1;
-    int step = (rows + threads - 1) / threads;
-    Shared shared = {part, job, rows, step < MOST ? step : MOST, 0, 0};
-    pthread_t *others = threads > 1 ? malloc(threads * sizeof(pthread_t)) : NULL;
-    int started = 0;
-    while (others && started < threads - 1 && !pthread_create(others + started, NULL, work, &shared)) started++;
-    work(&shared);
-    while (started) pthread_join(others[--started], NULL);
-    free(others);
-    return shared.failed;
-}
+enum {
+    FEWEST = 8, /* sequences a thread, at least: fewer would read the same weights for too little */
+    MOST = 64   /* sequences at a time, at most: their hidden states stay in the cache */
+};
 
 /* ---- a frame, token by token ------------------------------------------------------------------------------------------------ */
 /* noise, v (B, N, D) and mu, sigma (S, B, N, D), raster order. last (B, D): the token before, for rows that are not fresh,
@@ -401,7 +368,7 @@ static int invert_chain(const void *job, int begin, int rows)
 int worldmodel_invert(const Frame *frame, int frames, int threads)
 {
     const Chain chain = {frame, frames};
-    return spread(invert_chain, &chain, frame->rows, threads);
+    return share_out(invert_chain, &chain, frame->rows, FEWEST, MOST, threads);
 }
 
 /* ---- a run of known tokens ------------------------------------------------------------------------------------------------- */
@@ -459,7 +426,7 @@ static int extend(const void *job, int begin, int rows)
     return 0;
 }
 
-int worldmodel_extend(const Known *known, int threads) { return spread(extend, known, known->rows, threads); }
+int worldmodel_extend(const Known *known, int threads) { return share_out(extend, known, known->rows, FEWEST, MOST, threads); }
 
 /* ---- the denoiser's newest frame ------------------------------------------------------------------------------------------- */
 /* noisy (B, T, N, D) and features (B, T, E) or NULL, right-aligned; row b's first `missing[b]` frames do not exist. A token
@@ -573,7 +540,7 @@ static int denoise(const void *job, int begin, int rows)
     return 0;
 }
 
-int worldmodel_denoise(const Newest *newest, int threads) { return spread(denoise, newest, newest->rows, threads); }
+int worldmodel_denoise(const Newest *newest, int threads) { return share_out(denoise, newest, newest->rows, FEWEST, MOST, threads); }
 
 /* ---- density --------------------------------------------------------------------------------------------------------------- */
 /* Of u, log_det (B, size) under affine maps mu, sigma (S, B, size): z and elementwise nats (B, size) under the first, and
