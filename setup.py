@@ -9,7 +9,7 @@ import sys
 from setuptools import Extension, setup
 
 SOURCES = [f"worldmodel/native/{name}.c" for name in ("transformer", "perceptron", "convolution")]
-HEADERS = ["worldmodel/native/vector.h", "worldmodel/native/linear.h"]
+HEADERS = [f"worldmodel/native/{name}.h" for name in ("vector", "linear", "threads")]
 
 
 def kernels(level: str) -> Extension:

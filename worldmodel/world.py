@@ -354,8 +354,7 @@ class WorldModel(WorldParts):
         packed = torch.from_numpy(pack_actions(self.spec.action_space, action, rows)).to(self.device)
         if self.actions is None:
             return packed, None
-        present = torch.ones(rows, dtype=torch.bool, device=self.device)
-        return packed, with_rows(self.actions.layers.least_rows, self.actions, packed, present)[:, None]
+        return packed, with_rows(self.actions.layers.least_rows, self.actions, packed)[:, None]
 
     def _encode(self, state: WorldState, frames: np.ndarray | Tensor) -> tuple[Tensor, Tensor, CodecState]:
         expected = (state.rows, self.next_frames(state), *self.spec.frame_size, 3)
@@ -436,20 +435,19 @@ class WorldModel(WorldParts):
         features: Tensor | None,
     ) -> tuple[WorldState, Chunk]:
         """The next state and the exact density of a committed frame, imagined or real; ``context`` is the one before."""
-        maps = [affine for affine in (terms.model, terms.unconditional, terms.guided) if affine is not None]
-        z, elements, nats = density(u, maps, log_det)
+        z, elements, nats = density(u, terms.maps, log_det)
         log_prob = nats[0]
         if not math.isfinite(sum(log_prob.tolist())):
             raise WorldModelError(
                 "the model returned a likelihood that is not finite; the state is unchanged"
             )
-        unconditional = None if terms.unconditional is None else nats[1]
+        unconditional = nats[1] if len(nats) > 1 else None
         rows = state.rows
         chunk = Chunk(
             frames=torch.empty(0, dtype=torch.uint8),
             latent=torch.zeros(rows, *self.latent_shape),
             log_prob=log_prob,
-            guided_log_prob=None if terms.guided is None else nats[-1],
+            guided_log_prob=nats[2] if len(nats) > 2 else None,
             action_gain=torch.zeros_like(log_prob)
             if unconditional is None or (features is None and context.uncond is None)
             else log_prob - unconditional,

@@ -78,7 +78,8 @@ class NativeDecoder:
     def __init__(self, kernels: ctypes.CDLL, codec: ConvCodec) -> None:
         from worldmodel.codec.conv import ResidualBlock
 
-        config, h, w = codec.config, *codec.config.latent_shape[1:]
+        config = codec.config
+        _, h, w = config.latent_shape
         self._kernels, self._weights = kernels, native.Weights(kernels)
         self._frames_shape = (config.frames, config.height, config.width, 3)
         enter, leave = cast(nn.Conv2d, codec.decoder[0]), cast(nn.Conv2d, codec.decoder[-2])

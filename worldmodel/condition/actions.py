@@ -45,10 +45,11 @@ class ActionEncoder(nn.Module):
         inputs = config.packed * (1 + 2 * config.harmonics)
         self.layers = Perceptron(inputs, config.features, config.features)
 
-    def forward(self, packed: Tensor, present: Tensor) -> Tensor:
-        """packed (..., P) float, present (...,) bool to features (..., E)."""
+    def forward(self, packed: Tensor, present: Tensor | None = None) -> Tensor:
+        """packed (..., P) float, present (...,) bool (None: all are) to features (..., E)."""
         angles = (
             packed[..., None] * _frequencies(self.config.harmonics, packed.device, packed.dtype)
         ).flatten(-2)
         inputs = torch.cat((packed, angles.sin(), angles.cos()), dim=-1)
-        return self.layers(inputs) * present[..., None].to(packed.dtype)
+        features: Tensor = self.layers(inputs)
+        return features if present is None else features * present[..., None].to(packed.dtype)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from worldmodel.flow.affine import Affine, affine_from_head
 from worldmodel.flow.attention import Attention, Room, Run, plan_run
 from worldmodel.flow.cache import Cohort, KVShape
-from worldmodel.flow.native import NativeTransformer, Order, Past, Shallow, serves
+from worldmodel.flow.native import NativeTransformer, Order, Past, serves
 from worldmodel.flow.order import reorder
 from worldmodel.flow.rope import Rotary, frame_rotary, frame_turns
 from worldmodel.native import library
@@ -175,11 +175,6 @@ class Block(nn.Module):
     def order(self) -> Order:
         """What the kernels have to know of the block beside its transformer."""
         return Order(self.sos, self.flip, self.soft_clip)
-
-    def native_alone(self, rows: int, grid: tuple[int, int]) -> Shallow | None:
-        """This block for the kernels, where they serve; see `NativeTransformer.invert`."""
-        native = self.transformer.native
-        return None if native is None else Shallow(native, self.order, self.alone(rows, grid))
 
     def alone(self, rows: int, grid: tuple[int, int]) -> Past:
         """No past: of a frame that is seen alone."""

@@ -8,7 +8,7 @@ solved by Jacobi (`solve`) followed by one causal pass over the accepted tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from worldmodel.flow.block import Block
 from worldmodel.flow.cache import Cohort, KVCache
 from worldmodel.flow.context import Context
 from worldmodel.flow.jacobi import Solution, jacobi, sequential
-from worldmodel.flow.native import Inverted, Past, Shallow
+from worldmodel.flow.native import Past
 from worldmodel.flow.rope import (
     Rotary,
     concat_rotary,
@@ -40,13 +40,36 @@ def _spread(features: Tensor | None, tokens: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Committed:
-    """Affine maps (B, frames, N, D), raster order, of accepted tokens: under the condition, under none (None where the
-    pass was not needed), and of the guided sampler (None without guidance).
+    """Affine maps (S, B, frames, N, D), raster order, of accepted tokens: S of them, under the condition, then under none
+    (where the pass was needed), then of the guided sampler (where there is guidance).
     """
 
-    model: Affine
-    unconditional: Affine | None
-    guided: Affine | None
+    maps: Affine
+
+    @staticmethod
+    def of(model: Affine, unconditional: Affine | None, guided: Affine | None) -> Committed:
+        """From maps (B, frames, N, D)."""
+        known = [affine for affine in (model, unconditional, guided) if affine is not None]
+        return Committed(Affine(*(torch.stack(each) for each in zip(*known, strict=True))))
+
+    def _at(self, index: int) -> Affine | None:
+        mu, sigma = self.maps
+        return Affine(mu[index], sigma[index]) if index < len(mu) else None
+
+    @property
+    def model(self) -> Affine:
+        """(B, frames, N, D), under the condition."""
+        return Affine(self.maps.mu[0], self.maps.sigma[0])
+
+    @property
+    def unconditional(self) -> Affine | None:
+        """(B, frames, N, D), under none."""
+        return self._at(1)
+
+    @property
+    def guided(self) -> Affine | None:
+        """(B, frames, N, D), of the guided sampler."""
+        return self._at(2)
 
 
 Parameters = Callable[[], Affine]
@@ -172,7 +195,7 @@ class DeepBlock(Block):
             raster = rearrange(
                 self.to_raster(rearrange(v, "b (t n) d -> b t n d", n=per_frame)), "b t n d -> b (t n) d"
             )
-            affine = t.native.extend(self.order, self._past(context, cache, frames), raster, features, frames)
+            affine = t.native.extend(self.order, self.past(context, cache, frames), raster, features, frames)
             return Affine(
                 *(
                     rearrange(
@@ -186,7 +209,7 @@ class DeepBlock(Block):
         x = t.embed(self.shifted(v, self._before(context)), _spread(features, per_frame))
         return affine_from_head(t.head(t.extend(x, run)), self.soft_clip)
 
-    def _past(self, context: Context, cache: KVCache, frames: int) -> Past:
+    def past(self, context: Context, cache: KVCache, frames: int) -> Past:
         """What a run of ``frames`` frames has behind it, as the kernels read it."""
         head_dim, device = self.transformer.head_dim, context.u.device
         turns = [
@@ -260,7 +283,7 @@ class DeepBlock(Block):
         if context.uncond is not None and features is not None:
             self._run(solved, context, context.uncond, features)  # as in `commit`: that past has this action
         u = self.to_raster(solved)
-        after = self._extended(context, u[:, None], features)
+        after = self.extended(context, u[:, None], features)
         self.release(after)
 
         def together(index: int) -> Affine | None:
@@ -274,26 +297,7 @@ class DeepBlock(Block):
 
         model_map = together(0)
         assert model_map is not None
-        return after, u, Committed(model_map, together(1), together(2))
-
-    def invert_native(
-        self,
-        context: Context,
-        w: Tensor,
-        features: Tensor | None,
-        want_unconditional: bool,
-        shallow: Sequence[Shallow],
-    ) -> tuple[Context, Inverted, Committed]:
-        """As `invert` without guidance, and on through the shallow blocks, by the kernels of `worldmodel.native`."""
-        native = self.transformer.native
-        assert native is not None
-        acts = None if features is None else features[:, 0]
-        past, streams = self._past(context, context.cache, 1), 2 if want_unconditional else 1
-        made = native.invert(self.order, past, w, acts, streams, shallow)
-        after = self._extended(context, made.u[:, None], features)
-        self.release(after)
-        model, *rest = (Affine(mu[:, None], sigma[:, None]) for mu, sigma in zip(*made.maps, strict=True))
-        return after, made, Committed(model, rest[0] if rest else None, None)
+        return after, u, Committed.of(model_map, together(1), together(2))
 
     def solve(
         self,
@@ -354,9 +358,9 @@ class DeepBlock(Block):
         model = self._run(v, context, context.cache, features)
         guided = guide(model, uncond, guidance) if uncond is not None and guidance != 0 else None
 
-        after = self._extended(context, u, features)
+        after = self.extended(context, u, features)
         tokens = u.shape[2]
-        terms = Committed(
+        terms = Committed.of(
             self._raster(model, tokens),
             None if uncond is None else self._raster(uncond, tokens),
             None if guided is None else self._raster(guided, tokens),
@@ -371,15 +375,15 @@ class DeepBlock(Block):
         frames = u.shape[1]
         native.extend(
             self.order,
-            self._past(context, context.cache, frames),
+            self.past(context, context.cache, frames),
             u.flatten(1, 2),
             features,
             frames,
             maps=False,
         )
-        return self._extended(context, u, features)
+        return self.extended(context, u, features)
 
-    def _extended(self, context: Context, u: Tensor, features: Tensor | None) -> Context:
+    def extended(self, context: Context, u: Tensor, features: Tensor | None) -> Context:
         """The context after u (B, frames, N, D), whose K/V lie in the reserved slots."""
         frames = u.shape[1]
 

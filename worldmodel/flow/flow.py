@@ -24,8 +24,11 @@ from worldmodel.flow.context import Context
 from worldmodel.flow.deep import Committed, DeepBlock
 from worldmodel.flow.denoiser import SCORE_SCALE, Denoiser
 from worldmodel.flow.jacobi import jacobi, sequential
+from worldmodel.flow.native import NativeFlow
 from worldmodel.flow.order import flips, patchify, unpatchify
 from worldmodel.flow.window import make_room
+from worldmodel.native import library
+from worldmodel.packed import Packable
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ ONE_BY_ONE = 8
 tolerance, each over the whole frame, and a commit after them."""
 
 
-class Flow(nn.Module):
+class Flow(Packable):
     """See the module's text."""
 
     def __init__(self, config: FlowConfig) -> None:
@@ -251,14 +254,20 @@ class Flow(nn.Module):
         if w.shape[1] <= ONE_BY_ONE:
             sweeps = torch.full((len(w),), w.shape[1], device=w.device)
             residual = torch.zeros(len(w), device=w.device)
-            reserved = self.deep.reserve(context, 2)
-            if self._native(w) and context.uncond is None and guidance == 0:
-                shallow = [block.native_alone(len(w), grid) for block in reversed(self.shallow_blocks)]
-                after, made, terms = self.deep.invert_native(
-                    reserved, w, features, want_unconditional, [block for block in shallow if block]
+            native = self.native
+            if native is not None and context.uncond is None and guidance == 0 and w.dtype == torch.float32:
+                reserved = self.deep.reserve(context)
+                acts = None if features is None else features[:, 0]
+                past, alone = (
+                    self.deep.past(reserved, reserved.cache, 1),
+                    [b.alone(len(w), grid) for b in reversed(self.shallow_blocks)],
                 )
+                made = native.invert(past, w, acts, 2 if want_unconditional else 1, alone)
                 x, u, log_det = (y[:, None] for y in (made.x, made.u, made.log_det))
+                terms = Committed(Affine(*(each[:, :, None] for each in made.maps)))
+                after = self.deep.extended(reserved, u, features)
                 return Imagined(after, x, u, log_det, terms, sweeps, residual)
+            reserved = self.deep.reserve(context, 2)
             after, u, terms = self.deep.invert(reserved, w, features, guidance, want_unconditional)
             x, log_det = u, torch.zeros_like(u)
             for block in reversed(self.shallow_blocks):
@@ -272,10 +281,16 @@ class Flow(nn.Module):
         after, terms = self.deep.commit(reserved, u, features, guidance, want_unconditional)
         return Imagined(after, x, u, log_det, terms, solved.sweeps, solved.residual)
 
-    def _native(self, w: Tensor) -> bool:
-        """Whether the kernels of `worldmodel.native` serve all blocks, and this input."""
-        blocks = [self.deep, *self.shallow_blocks]
-        return w.dtype == torch.float32 and all(block.transformer.native is not None for block in blocks)
+    @property
+    def native(self) -> NativeFlow | None:
+        """The blocks for the kernels of `worldmodel.native`, where they serve; laid out at first use."""
+        if self._waiting:
+            blocks = [self.deep, *reversed(self.shallow_blocks)]
+            served = [(native, b.order) for b in blocks if (native := b.transformer.native) is not None]
+            kernels = library() if len(served) == len(blocks) else None
+            self._kernel = NativeFlow(kernels, served) if kernels else None
+            self._waiting = False
+        return cast("NativeFlow | None", self._kernel)
 
     # ---- density of a clip ----------------------------------------------------------------------------------------
     def forward(

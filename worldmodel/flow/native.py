@@ -126,14 +126,6 @@ class Past(NamedTuple):
         return sum(c.rows for c in self.cohorts)
 
 
-class Shallow(NamedTuple):
-    """A block that a frame goes through after the first, alone."""
-
-    transformer: NativeTransformer
-    order: Order
-    alone: Past
-
-
 class Inverted(NamedTuple):
     """u and x (B, N, D) before and after the shallow blocks; the first block's maps (S, B, N, D) at u; the elementwise
     log-determinant (B, N, D) of the others at x.
@@ -153,19 +145,21 @@ class Density(NamedTuple):
     log_prob: Tensor
 
 
-def density(u: Tensor, maps: Sequence[Affine], log_det: Tensor) -> Density:
-    """The density of u (B, ...) under each of some affine maps at it; log_det (B, ...) of what came before is added."""
-    mu, sigma = (torch.stack(each) for each in zip(*maps, strict=True))
+def density(u: Tensor, maps: Affine, log_det: Tensor) -> Density:
+    """The density of u (B, ...) under each of S affine maps (S, B, ...) at it; log_det (B, ...) of what came before is
+    added.
+    """
+    mu, sigma = maps
     kernels = native.library()
     if kernels is None or u.device.type != "cpu" or u.dtype != torch.float32 or mu.dtype != torch.float32:
         z = (u - mu) / sigma
         elements = standard_normal_log_prob(z) - torch.log(sigma) + log_det
         return Density(z[0], elements[0], elements.flatten(2).double().sum(2).cpu())
-    u, log_det = u.contiguous(), log_det.contiguous()
-    z, elements = torch.empty(2, *u.shape).unbind()
-    log_prob = torch.empty(len(maps), len(u), dtype=torch.float64)
+    u, log_det, mu, sigma = u.contiguous(), log_det.contiguous(), mu.contiguous(), sigma.contiguous()
+    z, elements = torch.empty_like(u), torch.empty_like(u)
+    log_prob = torch.empty(mu.shape[:2], dtype=torch.float64)
     addresses = (t.data_ptr() for t in (u, mu, sigma, log_det, z, elements, log_prob))
-    kernels.worldmodel_density(ctypes.byref(_Density(*addresses, *log_prob.shape, u[0].numel())))
+    kernels.worldmodel_density(ctypes.byref(_Density(*addresses, *mu.shape[:2], u[0].numel())))
     return Density(z, elements, log_prob)
 
 
@@ -215,54 +209,6 @@ class NativeTransformer:
             transformer.head_dim,
         )
 
-    def invert(
-        self,
-        order: Order,
-        past: Past,
-        w: Tensor,
-        features: Tensor | None,
-        streams: int,
-        shallow: Sequence[Shallow],
-    ) -> Inverted:
-        """A frame token by token: noise w (B, N, D) to u under the action's ``features`` (B, E) and, in a second stream,
-        under none, then through ``shallow`` blocks. K/V of the first stream go into the past's slots.
-        """
-        rows, tokens, dim = w.shape
-        noise, features = w.contiguous(), None if features is None else features.contiguous()
-        v = torch.empty(1 + len(shallow), rows, tokens, dim)
-        mu, sigma = torch.empty(2, streams, rows, tokens, dim).unbind()
-        spare, log_det = torch.empty(2, rows, tokens, dim), torch.zeros(rows, tokens, dim)
-        cohorts, kept = _cohorts(past)
-        here, size = v.data_ptr(), rows * tokens * dim * 4
-        frames = (_Frame * (1 + len(shallow)))()
-        frames[0] = _Frame(
-            self._block(order),
-            cohorts,
-            noise.data_ptr(),
-            *_last(past),
-            here,
-            mu.data_ptr(),
-            sigma.data_ptr(),
-            None,
-            rows,
-            streams,
-            tokens,
-            0 if features is None else features.shape[-1],
-        )
-        if features is not None:
-            frames[0].features = features.data_ptr()
-        shared = spare.data_ptr(), spare.data_ptr() + size, log_det.data_ptr(), rows, 1, tokens, 0
-        for index, (transformer, block, alone) in enumerate(shallow):
-            nothing, more = _cohorts(alone)
-            kept += more
-            before = here + index * size
-            frames[1 + index] = _Frame(
-                transformer._block(block), nothing, before, None, None, 0, before + size, *shared
-            )
-        self._run("worldmodel_invert", frames, len(frames))
-        del kept
-        return Inverted(v[0], v[-1], Affine(mu, sigma), log_det)
-
     def extend(
         self, order: Order, past: Past, v: Tensor, features: Tensor | None, frames: int, maps: bool = True
     ) -> Affine:
@@ -274,7 +220,7 @@ class NativeTransformer:
         mu, sigma = torch.empty(2, *known.shape if maps else (0,)).unbind()
         cohorts, kept = _cohorts(past)
         run = _Known(
-            self._block(order),
+            self.block(order),
             cohorts,
             known.data_ptr(),
             *_last(past),
@@ -332,12 +278,57 @@ class NativeTransformer:
         )
         return score, kept
 
-    def _block(self, order: Order) -> _Block:
+    def block(self, order: Order) -> _Block:
+        """The block that these weights make in this order."""
         return _Block(ctypes.pointer(self._transformer), order.sos.data_ptr(), order.soft_clip, order.flip)
 
-    def _run(self, function: str, job: ctypes.Structure | ctypes.Array[_Frame], *counts: int) -> None:
-        if self._kernels[function](ctypes.byref(job), *counts, torch.get_num_threads()):
+    def _run(self, function: str, job: ctypes.Structure) -> None:
+        if self._kernels[function](ctypes.byref(job), torch.get_num_threads()):
             raise MemoryError("not enough memory for a pass of the flow; the state is unchanged")
+
+
+class NativeFlow:
+    """The deep block, and behind it the shallow ones, for the kernels: noise to a frame in one call. ``Flow.native``
+    makes it.
+
+    blocks: in the order in which a frame is inverted.
+    """
+
+    def __init__(self, kernels: ctypes.CDLL, blocks: Sequence[tuple[NativeTransformer, Order]]) -> None:
+        self._kernels = kernels
+        self._blocks = [transformer.block(order) for transformer, order in blocks]
+        self._kept = blocks
+
+    def invert(
+        self, past: Past, w: Tensor, features: Tensor | None, streams: int, alone: Sequence[Past]
+    ) -> Inverted:
+        """A frame token by token: noise w (B, N, D) to u under the action's ``features`` (B, E) and, in a second stream,
+        under none, then through the shallow blocks, which have no past (``alone``). K/V of the first stream go into the
+        past's slots.
+        """
+        rows, tokens, dim = w.shape
+        noise, features = w.contiguous(), None if features is None else features.contiguous()
+        v = torch.empty(len(self._blocks), rows, tokens, dim)
+        maps, spare = torch.empty(2, streams, rows, tokens, dim), torch.empty(2, rows, tokens, dim)
+        log_det = torch.zeros(rows, tokens, dim)
+        size = rows * tokens * dim * v.element_size()
+        here, mu, unused = v.data_ptr(), maps.data_ptr(), spare.data_ptr()
+        last, stride = (None, 0) if past.last is None else (past.last.data_ptr(), past.last.stride(0))
+        acts, width = (None, 0) if features is None else (features.data_ptr(), features.shape[-1])
+        cohorts, kept = _cohorts(past)
+        deep = (self._blocks[0], cohorts, noise.data_ptr(), last, acts, stride, here, mu, mu + streams * size)
+        frames = [_Frame(*deep, None, rows, streams, tokens, width)]
+        for index, (block, nothing) in enumerate(zip(self._blocks[1:], alone, strict=True)):
+            cohorts, more = _cohorts(nothing)
+            kept += more
+            before = here + index * size
+            shallow = (block, cohorts, before, None, None, 0, before + size, unused, unused + size)
+            frames.append(_Frame(*shallow, log_det.data_ptr(), rows, 1, tokens, 0))
+        chain = (_Frame * len(frames))(*frames)
+        if self._kernels.worldmodel_invert(chain, len(frames), torch.get_num_threads()):
+            raise MemoryError("not enough memory for a frame; the state is unchanged")
+        del kept
+        return Inverted(v[0], v[-1], Affine(*maps), log_det)
 
 
 def _last(past: Past) -> tuple[int | None, None, int]:

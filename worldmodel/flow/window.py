@@ -115,6 +115,8 @@ def _look_ahead(deep: DeepBlock, context: Context, begin: int) -> Context:
             part = _appended(deep, part, window - f + begin + has, count)
             has += count
         parts.append(part)
+    if len(parts) == 1:
+        return parts[0]
     return Context.concat(parts).select(_inverse([row for rows in groups.values() for row in rows]))
 
 

@@ -93,7 +93,7 @@ class Weights:
         return rearrange(self.padded(weight.mT), "... k (n panel) -> n ... k panel", panel=self.panel)
 
     def linear(self, weight: Tensor | None, bias: Tensor | None) -> Linear:
-        """A linear map (outputs, K) and its bias; of none, the map without inputs. float16 where it represents all of it."""
+        """A linear map (outputs, K) and its bias, in float16 where that represents it; of none, the map without inputs."""
         if weight is None:
             return Linear()
         half = torch.equal(weight.half().float(), weight)

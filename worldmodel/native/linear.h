@@ -75,15 +75,16 @@ TILES(11, 1)
 TILES(12, 1)
 #endif
 
+/* By number of rows. */
 typedef void (*Tile)(const Linear *, int, const float *, ptrdiff_t, float *, ptrdiff_t, int);
 
 static const Tile one_panel[] = {
-    tile_1_1, tile_2_1, tile_3_1, tile_4_1, tile_5_1, tile_6_1,
+    NULL,     tile_1_1, tile_2_1, tile_3_1, tile_4_1, tile_5_1, tile_6_1,
 #if TILE_ROWS > 6
     tile_7_1, tile_8_1, tile_9_1, tile_10_1, tile_11_1, tile_12_1,
 #endif
 };
-static const Tile two_panels[] = {tile_1_2, tile_2_2, tile_3_2};
+static const Tile two_panels[] = {NULL, tile_1_2, tile_2_2, tile_3_2};
 
 static void activate_rows(int rows, int columns, float *y, ptrdiff_t ldy, int kind)
 {
@@ -112,15 +113,13 @@ static __attribute__((noinline, unused)) void linear(const Linear *map, int rows
             one = (Linear){converted, map->bias ? map->bias + panel * PANEL : NULL, map->inputs, PANEL, 0};
             column = 0;
         }
-        float *result = y + (ptrdiff_t)(panel - column) * PANEL;
-        for (int done = 0, n; done < rows; done += n) {
-            const int left = rows - done; /* the last two tiles are alike */
-            n = left >= 2 * TILE_ROWS ? TILE_ROWS : left > TILE_ROWS ? (left + 1) / 2 : left;
-            if (n < 1) __builtin_unreachable();
-            (wide == 2 ? two_panels : one_panel)[n - 1](&one, column, x + done * ldx, ldx, result + done * ldy, ldy,
-                                                        kind == ADD);
-            if (kind == GELU || kind == SILU)
-                activate_rows(n, wide * PANEL, y + done * ldy + (ptrdiff_t)panel * PANEL, ldy, kind);
+        const float *from = x;
+        float *to = y + (ptrdiff_t)panel * PANEL;
+        const ptrdiff_t back = (ptrdiff_t)column * PANEL; /* a tile adds its column itself */
+        for (int left = rows, n; left > 0; left -= n, from += n * ldx, to += n * ldy) {
+            n = left >= 2 * TILE_ROWS ? TILE_ROWS : left > TILE_ROWS ? (left + 1) / 2 : left; /* the last two are alike */
+            (wide == 2 ? two_panels : one_panel)[n](&one, column, from, ldx, to - back, ldy, kind == ADD);
+            if (kind == GELU || kind == SILU) activate_rows(n, wide * PANEL, to, ldy, kind);
         }
     }
 }
