@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from benchmarks.measure import Row, interleaved, ms
+from benchmarks.measure import Row, interleaved, ms, torch_alone
 from benchmarks.steps import random_actions, unpacked, walk
 from worldmodel import WorldModel, packed
 from worldmodel.flow import flow as flow_module
 from worldmodel.flow.context import Context
 from worldmodel.flow.deep import Committed, DeepBlock
+from worldmodel.flow.denoiser import Denoiser
 from worldmodel.flow.flow import Flow
 from worldmodel.state import WorldState
 
-Way = tuple[WorldModel, Callable[[], AbstractContextManager[None]], dict[str, Any]]
+Switch = Callable[[], AbstractContextManager[None]]
+
+Way = tuple[WorldModel, Switch, dict[str, Any]]
 """Whose weights, under which switch, and what is asked of a step."""
 
 
@@ -84,14 +87,42 @@ def float32_weights(world: WorldModel) -> WorldModel:
 
 
 @contextmanager
-def window_denoised() -> Iterator[None]:
-    """All remembered frames denoised at each step, of which the newest is kept."""
-    kept = Flow.denoise_newest
-    Flow.denoise_newest = lambda self, *args: self.denoise(*args)[:, -1:]  # type: ignore[method-assign]
+def nothing_kept() -> Iterator[None]:
+    """The denoiser run over all frames that the newest depends on, instead of keeping their K/V."""
+    kept = Denoiser.newest_and_kept
+
+    def anew(self: Denoiser, noisy: Tensor, grid: Any, features: Any, counts: Any, _: Any) -> Any:
+        return kept(self, noisy, grid, features, counts, None)
+
+    Denoiser.newest_and_kept = anew  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
-        Flow.denoise_newest = kept  # type: ignore[method-assign]
+        Denoiser.newest_and_kept = kept  # type: ignore[method-assign]
+
+
+@contextmanager
+def window_denoised() -> Iterator[None]:
+    """All remembered frames denoised at each step by torch, of which the newest is taken."""
+    newest, keeps = Flow.denoise_newest, Denoiser.__dict__["keeps"]
+    Flow.denoise_newest = lambda self, *args: self.denoise(*args)[:, -1:]  # type: ignore[method-assign]
+    Denoiser.keeps = property(lambda self: False)  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        Flow.denoise_newest = newest  # type: ignore[method-assign]
+        Denoiser.keeps = keeps  # type: ignore[method-assign]
+
+
+def both(first: Switch, second: Switch) -> Switch:
+    """Two switches at once."""
+
+    @contextmanager
+    def together() -> Iterator[None]:
+        with first(), second():
+            yield
+
+    return together
 
 
 def ablation(world: WorldModel, batches: list[int], steps: int, repeats: int) -> list[Row]:
@@ -102,12 +133,15 @@ def ablation(world: WorldModel, batches: list[int], steps: int, repeats: int) ->
         less: dict[str, Any] = {"decode": False}
         ways: dict[str, Way] = {
             "everything": (world, nullcontext, {}),
-            "packed in float32": (full, nullcontext, {}),
-            "weights not packed": (plain, nullcontext, {}),
-            "the window denoised": (world, window_denoised, {}),
+            "the denoiser keeps no K/V": (world, nothing_kept, {}),
             "Jacobi and commit": (world, jacobi_and_commit, {}),
-            "two passes for the action gain": (world, one_stream, {}),
-            "none of these": (plain, jacobi_and_commit, {}),
+            "no kernels of its own": (world, torch_alone, {}),
+            "and packed in float32": (full, torch_alone, {}),
+            "and weights not packed": (plain, torch_alone, {}),
+            "no kernels, the window denoised": (world, both(torch_alone, window_denoised), {}),
+            "no kernels, Jacobi and commit": (world, both(torch_alone, jacobi_and_commit), {}),
+            "no kernels, two passes for the action gain": (world, both(torch_alone, one_stream), {}),
+            "none of these": (plain, both(torch_alone, both(jacobi_and_commit, window_denoised)), {}),
             "without pixels (decode=False)": (world, nullcontext, less),
             "and without the action gain": (world, nullcontext, less | {"action_gain": False}),
         }

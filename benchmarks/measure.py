@@ -10,12 +10,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from worldmodel import packed
-from worldmodel.packed import Linear, pack
+from worldmodel import native, packed
+from worldmodel.codec.conv import ConvCodec
+from worldmodel.flow.block import Transformer
+from worldmodel.flow.flow import Flow
+from worldmodel.packed import Linear, Perceptron, pack
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -84,8 +87,31 @@ if torch.backends.mkldnn.is_available():
     FORMULAS[torch.ops.mkldnn._convolution_pointwise] = _convolution_flops
 
 
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """Within, torch computes what `worldmodel.native` would have; what was laid out stays."""
+    nothing: Any = property(lambda self: None)
+    kept = [(kind, kind.__dict__["native"]) for kind in (Transformer, Flow, ConvCodec)]
+    forward, library = Perceptron.forward, native.library
+    for kind, _ in kept:
+        kind.native = nothing  # type: ignore[method-assign]
+    Perceptron.forward = nn.Sequential.forward  # type: ignore[method-assign]
+    native.library = lambda: None
+    try:
+        yield
+    finally:
+        for kind, value in kept:
+            kind.native = value  # type: ignore[method-assign]
+        Perceptron.forward = forward  # type: ignore[method-assign]
+        native.library = library
+
+
 def flops(call: Callable[[], Any]) -> int:
-    """Floating-point operations of the matrix products, convolutions and attention in one call."""
+    """Floating-point operations of the matrix products, convolutions and attention in one call, as torch computes it.
+
+    Of what the kernels of `worldmodel.native` do that is the same but for convolutions, of which theirs (Winograd's) need
+    fewer: their work is counted as what it stands for.
+    """
     plain, halves = packed._half_product, [0]
 
     def counted(x: Tensor, *rest: Any) -> Tensor:
@@ -96,7 +122,7 @@ def flops(call: Callable[[], Any]) -> int:
 
     packed._half_product = plain and counted  # the counter does not see this product
     try:
-        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        with torch_alone(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             call()
     finally:
         packed._half_product = plain
@@ -107,6 +133,7 @@ def flops(call: Callable[[], Any]) -> int:
 def timed(owner: Any, names: Sequence[str], into: dict[str, list[float]]) -> Iterator[None]:
     """Within, every call of ``owner``'s methods adds its seconds to ``into[name]``; nested calls count twice."""
     originals = {name: getattr(owner, name) for name in names}
+    own = {name for name in names if name in vars(owner)}  # of a module; methods are their class's
 
     def wrap(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -125,7 +152,10 @@ def timed(owner: Any, names: Sequence[str], into: dict[str, list[float]]) -> Ite
         yield
     finally:
         for name in names:
-            object.__delattr__(owner, name)
+            if name in own:
+                object.__setattr__(owner, name, originals[name])
+            else:
+                object.__delattr__(owner, name)
 
 
 def matrix_peak(device: torch.device, repeats: int = 7) -> Row:
@@ -140,6 +170,10 @@ def matrix_peak(device: torch.device, repeats: int = 7) -> Row:
         pack(linear)
         x = torch.randn(n, n)
         candidates["float32 packed"] = partial(linear, x)
+        if kernels := native.library():
+            candidates["float32 kernels"] = partial(
+                native.NativePerceptron(kernels, [(linear.weight, torch.zeros(n))]), x
+            )
     times = interleaved(candidates, repeats, "matrix peak")
     rates = {f"{name} gflops": 2 * n**3 / float(np.min(t)) / 1e9 for name, t in times.items()}
     exact = max(v for k, v in rates.items() if k.startswith("float32"))

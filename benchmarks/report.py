@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from benchmarks import ablation, dial, long_runs, shapes, steps, training
 from benchmarks.measure import Row, matrix_peak, table
-from worldmodel import WorldModel
+from worldmodel import WorldModel, native
 from worldmodel.errors import InputError
 
 
@@ -56,7 +56,8 @@ def sections(world: WorldModel, options: Options, peak: Row) -> dict[str, Sectio
         "context": Section("steps against context, batch 1", "", lambda: steps.by_context(world, 1, count)),
         "stages": Section(
             "stages of a step, batch 1",
-            "share of peak: of the best float32 matrix product above",
+            "share of peak: of the best float32 matrix product above; decode: by the FLOPs of plain convolutions, of\n"
+            "which Winograd's need 2 to 4 times fewer, so its share may be above 1",
             lambda: steps.by_stage(world, 1, count, best()),
         ),
         "stages64": Section(
@@ -145,6 +146,7 @@ def run(options: Options) -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "processor": platform.processor() or platform.machine(),
+        "kernels": native.build() or "none",
     }
     result: dict[str, Any] = {"options": asdict(options), "machine": machine, "peak": peak}
     if not options.as_json:

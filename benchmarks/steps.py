@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.baseline import Baseline, exact
-from benchmarks.measure import Row, clocked, flops, interleaved, ms, seconds, timed
-from worldmodel import WorldModel
+from benchmarks.measure import Row, clocked, flops, interleaved, ms, seconds, timed, torch_alone
+from worldmodel import WorldModel, native
+from worldmodel import world as world_module
 from worldmodel.denoising import clean_frame
+from worldmodel.flow import flow as flow_module
+from worldmodel.flow.native import NativeFlow
 from worldmodel.noise import SAMPLE, normal
 from worldmodel.packed import Linear, pack
 from worldmodel.state import WorldState
@@ -105,21 +108,44 @@ def by_context(world: WorldModel, batch: int, repeats: int) -> list[Row]:
     ]
 
 
+def deep_block(world: WorldModel, state: WorldState, action: Any, action_gain: bool) -> Callable[[], Any]:
+    """A frame of few tokens through the deep block alone, committed, as a step does it."""
+    deep, flow = world.flow.deep, world.flow
+    _, features = world._action(action, state.rows)
+    context = deep.reserve(world._room(state, world.spec.sampling, reserve=False), 2)
+    w, two = noise_of(world, state), features is not None and action_gain
+    if flow.native is None:
+        return torch.no_grad()(lambda: deep.invert(context, w, features, 0.0, two))
+    kernels, block = native.library(), deep.transformer.native
+    assert kernels is not None and block is not None
+    alone = NativeFlow(kernels, [(block, deep.order)])
+    acts = None if features is None else features[:, 0]
+    return lambda: alone.invert(deep.past(context, context.cache, 1), w, acts, 1 + two, [])
+
+
 def by_stage(world: WorldModel, batch: int, count: int, peak: float) -> list[Row]:
-    """Where a step's time and FLOPs go. ``deep`` of short frames includes the commit, which needs no pass of its own."""
+    """Where a step's time and FLOPs go. ``deep`` of short frames includes the commit, which needs no pass of its own; it
+    is timed alone, from the state before, and ``shallow`` is what is left of the flow's time.
+    """
     state, _ = world.reset(list(range(batch)))
     state, _, _ = walk(world, state, 3, "warm")
-    action, deep, flow = random_actions(world, batch), world.flow.deep, world.flow
+    action, flow = random_actions(world, batch), world.flow
+    short = world.grid[0] * world.grid[1] <= flow_module.ONE_BY_ONE
     spent: dict[str, list[float]] = {}
-    total = []
+    total: list[float] = []
+    alone: list[float] = []
     with ExitStack() as stack:
-        stack.enter_context(timed(deep, ["invert", "solve", "commit"], spent))
+        stack.enter_context(timed(flow.deep, ["solve", "commit"], spent))
         stack.enter_context(timed(world, ["_room"], spent))
-        stack.enter_context(timed(flow, ["imagine", "denoise_newest"], spent))
+        stack.enter_context(timed(flow, ["imagine"], spent))
+        stack.enter_context(timed(world_module, ["clean_frame"], spent))
         stack.enter_context(timed(world.codec, ["decode"], spent))
         stack.enter_context(timed(world.heads, ["see", "forward"], spent))
         walked = state
         for _ in tqdm(range(count), desc="stages", unit="step", leave=False):
+            if short:
+                alone.append(seconds(deep_block(world, walked, action, True)))
+                spent["_room"] = spent["_room"][: len(total)]  # less the one that this needed
             one, (walked, chunk) = clocked(world.step, walked, action)
             total.append(one)
     encoding: dict[str, list[float]] = {}
@@ -127,15 +153,15 @@ def by_stage(world: WorldModel, batch: int, count: int, peak: float) -> list[Row
         for _ in range(max(3, count // 10)):
             world.observe(state, chunk.frames, action)
     mean = {name: sum(t) / count for name, t in spent.items()}
-    solve = mean.get("invert", 0.0) + mean.get("solve", 0.0)
+    solve = sum(alone) / count if short else mean["solve"]
     # the window's own commits, of the next window's frames, are part of "window"
-    commit = max(0.0, mean["commit"] - mean["_room"]) if "solve" in mean else 0.0
+    commit = 0.0 if short else max(0.0, mean["commit"] - mean["_room"])
     stages = {
         "window": mean["_room"],
         "deep": solve,
         "commit": commit,
         "shallow": mean["imagine"] - solve - commit,
-        "denoise": mean["denoise_newest"],
+        "denoise": mean["clean_frame"],
         "heads": mean["see"] + mean["forward"],
         "decode": mean["decode"],
     }
@@ -182,51 +208,45 @@ def stage_flops(world: WorldModel, state: WorldState, action: Any) -> dict[str, 
     every, some = flops(imagine), flops(shallow)
     with torch.no_grad():
         decode = flops(lambda: world.codec.decode(latent, state.codec))
-        denoise = flops(
-            lambda: flow.denoise_newest(
-                state.noisy,
-                world.grid,
-                None,
-                state.context.features[:, -state.noisy.shape[1] :]
-                if state.context.features is not None
-                else None,
-            )
-        )
+        frames = 1 if flow.denoiser is not None and flow.denoiser.keeps else state.noisy.shape[1]
+        known = None if state.context.features is None else state.context.features[:, -frames:]
+        denoise = flops(lambda: flow.denoise_newest(state.noisy[:, -frames:], world.grid, None, known))
     return {"deep": every - some, "shallow": some, "decode": decode, "denoise": denoise}
 
 
 def deep_share(world: WorldModel, batches: Sequence[int], repeats: int) -> list[Row]:
-    """FLOP/s of the deep block, frame by frame, as a share of the best float32 matrix product (of packed weights), and of
-    torch's own, taken in turns with both.
+    """FLOP/s of the deep block, frame by frame, as a share of the best float32 matrix product found (torch's, of packed
+    weights, the kernels' own), and of torch's own, taken in turns with all.
 
     Sessions of their own read a past each; branches of one state share it.
     """
-    n, deep = 1024, world.flow.deep
+    n, kernels = 1024, native.library()
     product = Linear(n, n, bias=False, device=world.device).requires_grad_(False)
     pack(product)
     square = torch.randn(n, n, device=world.device)
+    own = None
+    if kernels is not None and world.device.type == "cpu":
+        own = native.NativePerceptron(kernels, [(product.weight, torch.zeros(n))])
     rows: list[Row] = []
     for batch in batches:
         for kind in ("sessions", "branches"):
             state, _ = world.reset(list(range(batch if kind == "sessions" else 1)))
             state, _, _ = walk(world, state, 5, "deep", decode=False)
             state = state.fork(batch) if kind == "branches" else state
-            _, features = world._action(random_actions(world, batch), batch)
-            context = deep.reserve(world._room(state, world.spec.sampling, reserve=False), 2)
-            w = torch.randn_like(context.u[:, -1])
-
-            @torch.no_grad()
-            def invert(context: Any = context, w: Tensor = w, features: Tensor | None = features) -> None:
-                deep.invert(context, w, features, 0.0, features is not None)
-
+            action = random_actions(world, batch)
             ways: dict[str, Callable[[], Any]] = {
-                "deep": invert,
+                "deep": deep_block(world, state, action, True),
                 "product": partial(product, square),
                 "plain": partial(torch.mm, square, square),
             }
+            if own is not None:
+                ways["own"] = partial(own, square)
             median = {way: float(np.median(t)) for way, t in interleaved(ways, repeats, "deep share").items()}
-            rate = flops(invert) / median["deep"] / 1e9
-            peak, plain = (2 * n**3 / median[way] / 1e9 for way in ("product", "plain"))
+            with torch_alone():
+                work = flops(deep_block(world, state, action, True))
+            rate = work / median["deep"] / 1e9
+            plain = 2 * n**3 / median["plain"] / 1e9
+            peak = max(2 * n**3 / t / 1e9 for way, t in median.items() if way != "deep")
             rows.append(
                 {
                     "batch": batch,

@@ -48,7 +48,10 @@ def normal(
     """
     noise = np.empty((len(seeds), *shape), dtype=np.float32)
     bits = np.random.Philox(0)
-    generator, state = np.random.Generator(bits), bits.state  # one generator, set anew for each row: a third of the time
+    generator, state = (
+        np.random.Generator(bits),
+        bits.state,
+    )  # one generator, set anew for each row: a third of the time
     key, counter = state["state"]["key"], state["state"]["counter"]
     counter[:] = 0, 0, stream, draw
     for row, (seed, branch, step) in enumerate(

@@ -163,8 +163,12 @@ def density(u: Tensor, maps: Affine, log_det: Tensor) -> Density:
     return Density(z, elements, log_prob)
 
 
+WIDEST = 512
+"""Wider transformers are left to torch, which spreads one sequence over several threads; the kernels spread sequences."""
+
+
 def serves(transformer: Transformer) -> bool:
-    """Whether the kernels can run it: plain linear maps, whole heads of a width that vectors divide."""
+    """Whether the kernels can run it and should: plain linear maps, heads of a width that vectors divide, not wide."""
     from worldmodel.packed import Linear
 
     linear = [transformer.proj_in, transformer.proj_out]
@@ -173,7 +177,8 @@ def serves(transformer: Transformer) -> bool:
         if layer.attention.heads * transformer.head_dim != transformer.proj_in.out_features:
             return False
         linear += [layer.attention.qkv, layer.attention.out, layer.mlp.up, layer.mlp.down]
-    small = transformer.proj_in.in_features <= 4 * transformer.proj_in.out_features
+    width = transformer.proj_in.out_features
+    small = width <= WIDEST and transformer.proj_in.in_features <= 4 * width
     return small and transformer.head_dim % 16 == 0 and all(type(module) is Linear for module in linear)
 
 

@@ -29,20 +29,31 @@ LEVELS = {"AVX512": ("_v4", "_v3"), "AVX2": ("_v3",)}
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The kernels for this processor, or None where there are none."""
+def _found() -> tuple[str, ctypes.CDLL] | None:
     for build in LEVELS.get(torch.backends.cpu.get_cpu_capability(), ()):
         found = importlib.util.find_spec(f"{__name__}.{build}")
         if found is None or found.origin is None:
             continue
         kernels = ctypes.CDLL(found.origin)
         if kernels.worldmodel_interface() == INTERFACE:
-            return kernels
+            return build, kernels
         warnings.warn(
             f"{found.origin} was built from other sources and is not used; reinstall: pip install -e .",
             stacklevel=2,
         )
     return None
+
+
+def library() -> ctypes.CDLL | None:
+    """The kernels for this processor, or None where there are none."""
+    found = _found()
+    return None if found is None else found[1]
+
+
+def build() -> str | None:
+    """Which instructions they were built for, "AVX-512" or "AVX2"; None where there are none."""
+    found = _found()
+    return None if found is None else {"_v4": "AVX-512", "_v3": "AVX2"}[found[0]]
 
 
 class Linear(ctypes.Structure):
@@ -117,15 +128,16 @@ class NativePerceptron:
         self._inputs, self._outputs = maps[0][0].shape[1], len(maps[-1][0])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, inputs) float32 to (B, outputs).
+        """(..., inputs) float32 to (..., outputs).
 
         Raises:
             ValueError: another number of inputs.
         """
-        if x.shape[1:] != (self._inputs,):
-            raise ValueError(f"inputs have shape {tuple(x.shape)}, expected (rows, {self._inputs})")
-        x, y = x.contiguous(), torch.empty(len(x), self._outputs)
-        job = _Perceptron(self._maps, x.data_ptr(), y.data_ptr(), len(self._maps), len(x))
+        if x.shape[-1] != self._inputs:
+            raise ValueError(f"inputs have shape {tuple(x.shape)}, expected (..., {self._inputs})")
+        x, y = x.contiguous(), torch.empty(*x.shape[:-1], self._outputs)
+        rows = x.numel() // self._inputs if self._inputs else 0
+        job = _Perceptron(self._maps, x.data_ptr(), y.data_ptr(), len(self._maps), rows)
         if self._run(ctypes.byref(job)):
             raise MemoryError("not enough memory for a perceptron's hidden units")
         return y
