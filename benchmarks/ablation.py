@@ -73,14 +73,15 @@ def plain_weights(world: WorldModel) -> WorldModel:
 
 
 def float32_weights(world: WorldModel) -> WorldModel:
-    """The world with all its weights packed in float32, also those that float16 represents."""
+    """The world with all its weights packed in float32 by torch, also those that float16 represents."""
     twin, fits = copy.copy(world), packed._fits_half
     for part in ("flow", "codec", "actions", "heads"):
         setattr(twin, part, copy.deepcopy(getattr(world, part)))
     packed._fits_half = lambda weight: False
     try:
-        state, _ = twin.reset([0])  # at first use, copies pack again
-        twin.step(state, random_actions(twin, 1))
+        with torch_alone():
+            state, _ = twin.reset([0])  # at first use, copies pack again
+            twin.step(state, random_actions(twin, 1))
     finally:
         packed._fits_half = fits
     return twin

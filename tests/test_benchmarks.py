@@ -15,12 +15,19 @@ import torch
 from torch import nn
 
 from benchmarks import baseline, dial, long_runs, steps
-from benchmarks.ablation import float32_weights, jacobi_and_commit, plain_weights, window_denoised
+from benchmarks.ablation import (
+    float32_weights,
+    jacobi_and_commit,
+    nothing_kept,
+    plain_weights,
+    window_denoised,
+)
 from benchmarks.baseline import Baseline, exact
-from benchmarks.measure import flops, table
+from benchmarks.measure import flops, table, torch_alone
 from benchmarks.report import Options, run
 from tests.sessions import actions, features, small_world
 from tests.toy import write_toy
+from worldmodel import native
 from worldmodel.errors import InputError
 from worldmodel.flow import flow as flow_module
 from worldmodel.packed import Linear, is_packed, multiplies_halves, pack
@@ -97,7 +104,18 @@ def test_switches_switch_and_switch_back() -> None:
     for weight in halved.flow.parameters():
         weight.copy_(weight.half())
     full = float32_weights(halved)
-    assert torch.allclose(full.step(state, action)[1].latent, halved.step(state, action)[1].latent, atol=1e-4)
+    with torch_alone():
+        assert halved.flow.native is None and native.library() is None
+        slow = halved.step(state, action)[1].latent
+        assert torch.allclose(full.step(state, action)[1].latent, slow, atol=1e-4)
+    fast = halved.step(state, action)[1].latent
+    assert torch.allclose(fast, slow, atol=1e-4) and (halved.flow.native is None) == (
+        native.library() is None
+    )
+    after, _ = world.step(state, action)
+    with nothing_kept():
+        anew = world.step(after, action)[1].latent
+    assert torch.equal(anew, world.step(after, action)[1].latent)
     if multiplies_halves() and is_packed(world.flow):
         layers = [[m for m in w.flow.deep.modules() if isinstance(m, Linear)] for w in (halved, full)]
         assert any(m._half for m in layers[0]) and not any(m._half for m in layers[1])
