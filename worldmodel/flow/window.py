@@ -85,10 +85,10 @@ def reencode(deep: DeepBlock, context: Context, keep: int) -> Context:
 
 def _look_ahead(deep: DeepBlock, context: Context, begin: int) -> Context:
     """The next window's context, with so many of its frames (this window's from ``begin`` on) that steady steps complete
-    it when this one is full, in groups of a few frames, at most one group a step.
+    it when this one is full, in groups of a few frames, at most one group a step of a session.
 
-    A session encodes a group as soon as its frames are known; a branch as late as it can, since most end before. When
-    makes no difference to what: the groups are the same.
+    A session encodes a group as soon as its frames are known; a branch encodes nothing before its window is full, since
+    most end before, and then all that is left. When makes no difference to what: the groups are the same.
     """
     window, keep = context.window, context.window - begin
     ahead = context.ahead
@@ -100,9 +100,10 @@ def _look_ahead(deep: DeepBlock, context: Context, begin: int) -> Context:
     branch = (any(s.fold > 1 for s in c.segments) for c in context.cache.cohorts for _ in range(c.rows))
     for row, (f, has, is_branch) in enumerate(zip(context.frames, ahead.frames, branch, strict=True)):
         known = keep if f >= window else (f - begin) // size * size
-        stop = size * (-(-keep // size) - (window - f))  # later, a step would have to do more than one group
-        if not is_branch:
-            stop = max(stop, min(known, size * (has // size + 1)))
+        stop = known if f >= window or not is_branch else has
+        if not is_branch and f < window:
+            late = size * (-(-keep // size) - (window - f))  # later, a step would have to do more than one group
+            stop = max(late, min(known, size * (has // size + 1)))
         stop = min(stop, keep)
         groups.setdefault((f, has, stop) if stop > has else (0, 0, 0), []).append(row)
     if list(groups) == [(0, 0, 0)]:
