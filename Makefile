@@ -1,5 +1,6 @@
 # `make demo` and `make test` install what they need into .venv and run; the second run installs nothing.
 #   PYTHON=python3.12      the interpreter that makes .venv (3.11 or newer, with venv)
+#   CC=clang               the C compiler of the native kernels; without one they are left out, and steps take 4 times as long
 #   TORCH_INDEX=URL        an extra package index for torch. Empty: pip's own indexes decide, and on Linux PyPI's
 #                          torch brings CUDA packages. CPU build: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
@@ -9,7 +10,7 @@ TORCH_INDEX ?=
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt
-FRAME := setup.cfg pyproject.toml constraints.txt
+FRAME := setup.cfg setup.py pyproject.toml constraints.txt $(wildcard worldmodel/native/*.[ch])
 
 export OMP_WAIT_POLICY := PASSIVE
 
@@ -56,5 +57,5 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-demo
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist *.egg-info worldmodel/native/*.so .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,8 +8,8 @@ import sys
 
 from setuptools import Extension, setup
 
-SOURCES = [f"worldmodel/native/{name}.c" for name in ("transformer", "perceptron", "convolution")]
-HEADERS = [f"worldmodel/native/{name}.h" for name in ("vector", "linear", "threads")]
+SOURCES = [f"worldmodel/native/{name}.c" for name in ("flow", "denoiser", "perceptron", "convolution")]
+HEADERS = [f"worldmodel/native/{name}.h" for name in ("vector", "linear", "threads", "transformer")]
 
 
 def kernels(level: str) -> Extension:

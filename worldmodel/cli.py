@@ -41,6 +41,7 @@ def info(
         return
     from worldmodel.checkpoint import read_world
     from worldmodel.files import config_to_dict
+    from worldmodel.native import build
     from worldmodel.published import obtain
 
     files = read_world(obtain(world))
@@ -74,6 +75,9 @@ def info(
             else ("none: begin with a picture" if spec.fps else "none: a session is a picture"),
         ),
     ]
+    rows.append(
+        ("kernels", build() or "torch's alone: reinstall with a C compiler at hand, steps are then faster")
+    )
     rows += [
         (f"quality: {k}", ", ".join(f"{n} {x:.4g}" for n, x in v.items())) for k, v in spec.quality.items()
     ]

@@ -1,6 +1,7 @@
 """The flow's transformers as `worldmodel.native` runs them: weights laid out once, one call a frame.
 
-`NativeTransformer` holds what transformer.c reads: its structures here mirror those there, field by field.
+`NativeTransformer` holds what the kernels read: the structures here mirror those in native/transformer.h, flow.c and
+denoiser.c, field by field.
 """
 
 from __future__ import annotations

@@ -102,7 +102,9 @@ def _look_ahead(deep: DeepBlock, context: Context, begin: int) -> Context:
         known = keep if f >= window else (f - begin) // size * size
         stop = known if f >= window or not is_branch else has
         if not is_branch and f < window:
-            late = size * (-(-keep // size) - (window - f))  # later, a step would have to do more than one group
+            late = size * (
+                -(-keep // size) - (window - f)
+            )  # later, a step would have to do more than one group
             stop = max(late, min(known, size * (has // size + 1)))
         stop = min(stop, keep)
         groups.setdefault((f, has, stop) if stop > has else (0, 0, 0), []).append(row)

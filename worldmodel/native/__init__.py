@@ -1,4 +1,4 @@
-"""Kernels in C for what a step of a small world spends its time on: see `transformer.c` and `convolution.c`.
+"""Kernels in C for what a step of a small world spends its time on: see flow.c, denoiser.c, convolution.c and perceptron.c.
 
 They serve frozen float32 weights on x86-64 CPUs with AVX-512 or AVX2, where the package was built with a C compiler. Where
 they do not serve, torch computes the same, slower: same mathematics, last bits may differ. Which of both computes depends

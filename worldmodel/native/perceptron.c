@@ -15,6 +15,7 @@ int worldmodel_perceptron(const Perceptron *p)
 {
     int widest = 0;
     for (int i = 0; i < p->maps; i++) widest = padded(p->map[i].outputs) > widest ? padded(p->map[i].outputs) : widest;
+    if (p->rows < 1) return 0;
     float *memory = aligned_alloc(64, 2 * sizeof(float) * widest * p->rows);
     if (!memory) return 1;
     float *into = memory, *other = memory + (ptrdiff_t)widest * p->rows;
