@@ -22,7 +22,7 @@ from envs.serving.protocol import Request, ServingError
 
 MAX_SKIPPED = 64
 MAX_REMEMBERED = 4096
-PATIENCE = 0.1
+PATIENCE = 0.5
 HAND_OVER = (
     100e-6  # seconds, at most, that two threads take to hand one another a request and what came of it
 )
