@@ -159,7 +159,9 @@ def ablation(world: WorldModel, batches: list[int], steps: int, repeats: int) ->
                 for _ in range(steps):
                     state, _ = model.step(state, action, **wanted)
 
-        times = interleaved({n: partial(steps_of, w) for n, w in ways.items()}, repeats, f"ablation {batch}")
+        times = interleaved(
+            {n: partial(steps_of, w) for n, w in ways.items()}, repeats, f"ablation {batch}", warm=True
+        )
         base = float(np.median(times["everything"]))
         rows += [
             {

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from tests.toy import randomise, toy_flow, toy_world
 from worldmodel import native
 from worldmodel.codec.conv import ConvCodec, ConvCodecConfig, fast_layout, round_to_half
+from worldmodel.errors import InputError
+from worldmodel.flow.cache import KVCache, Page
 from worldmodel.flow.context import Context
 from worldmodel.flow.flow import Flow, Imagined
 from worldmodel.packed import Perceptron, pack
@@ -273,6 +275,26 @@ def test_a_world_without_kernels_is_the_same(
     # a state goes from one to the other
     _, onward = slow.step(after, action)
     assert near(onward.latent, fast.step(after, action)[1].latent, 1e-3)
+
+
+@torch.no_grad()
+def test_keys_and_values_of_another_shape_are_refused(kernels: ctypes.CDLL) -> None:
+    """Memory is read by these shapes: a file that was tampered with must not choose which."""
+    flow, _ = both(3, False)
+    good = flow.deep.reserve(past(flow, [2]))
+    w, action = draw(1, *size(flow)), acts(flow, 1, 1, 1)
+    cohort = good.cache.cohorts[0]
+    kv = cohort.segments[-1].page.kv
+    alone = [block.alone(1, (2, 2)) for block in reversed(flow.shallow_blocks)]
+    for bad in (kv[:1], kv[:, :1], kv[..., :16], kv.half(), kv[..., :11, :], kv.repeat(1, 1, 2, 1, 1, 1)):
+        segment = replace(cohort.segments[-1], page=Page(bad, bad.shape[-2]))
+        context = replace(good, cache=KVCache((replace(cohort, segments=(segment,)),)))
+        for run in (
+            lambda c=context: flow.native.invert(flow.deep.past(c, c.cache, 1), w, action[:, 0], 1, alone),
+            lambda c=context: flow.deep.commit(c, w[:, None], action),
+        ):
+            with pytest.raises(InputError, match="K/V"):
+                run()
 
 
 def test_kernels_of_other_sources_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

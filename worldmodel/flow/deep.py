@@ -216,7 +216,8 @@ class DeepBlock(Block):
             frame_turns(context.grid, c.next_position, frames, self.scale, head_dim, device)
             for c in cache.cohorts
         ]
-        return Past(cache.cohorts, turns, context.u[:, -1, 0 if self.flip else -1])
+        last = context.u[:, -1, 0 if self.flip else -1].to(torch.float32)
+        return Past(cache.cohorts, turns, last if last.stride(-1) == 1 else last.contiguous())
 
     def _before(self, context: Context) -> Tensor:
         """The token before the run, (B, 1, D): the last one of the last frame, or SOS where there is none."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from worldmodel import native
+from worldmodel.errors import InputError
 from worldmodel.flow.affine import Affine, standard_normal_log_prob
 from worldmodel.flow.cache import Cohort
 
@@ -221,10 +222,9 @@ class NativeTransformer:
         """Affine maps of a run of known tokens v (B, T * N, D) behind the past, raster order within each frame; features
         (B, T, E). K/V go into the past's slots; without ``maps`` nothing else is computed, and these are empty.
         """
-        known = v.contiguous()
-        features = None if features is None else features.contiguous()
+        known, features = v.contiguous(), _float32(features)
         mu, sigma = torch.empty(2, *known.shape if maps else (0,)).unbind()
-        cohorts, kept = _cohorts(past)
+        cohorts, kept = _cohorts(past, self._transformer, *known.shape[:2])
         run = _Known(
             self.block(order),
             cohorts,
@@ -259,8 +259,7 @@ class NativeTransformer:
         ``cached``, of window + 1. Each layer goes on with its last ``asking`` frames.
         """
         noisy, rows = noisy.contiguous(), len(noisy)
-        features = None if features is None else features.contiguous()
-        cached = None if cached is None else cached.contiguous()
+        features, cached = _float32(features), _float32(cached)
         score = torch.empty(rows, *noisy.shape[2:])
         shape = (rows, self._transformer.layers, 2, window * noisy.shape[2], self._transformer.width)
         kept = torch.empty(shape)
@@ -284,6 +283,11 @@ class NativeTransformer:
         )
         return score, kept
 
+    @property
+    def shape(self) -> _Transformer:
+        """Its sizes, among what the kernels read."""
+        return self._transformer
+
     def block(self, order: Order) -> _Block:
         """The block that these weights make in this order."""
         return _Block(ctypes.pointer(self._transformer), order.sos.data_ptr(), order.soft_clip, order.flip)
@@ -303,6 +307,7 @@ class NativeFlow:
     def __init__(self, kernels: ctypes.CDLL, blocks: Sequence[tuple[NativeTransformer, Order]]) -> None:
         self._kernels = kernels
         self._blocks = [transformer.block(order) for transformer, order in blocks]
+        self._shapes = [transformer.shape for transformer, _ in blocks]
         self._kept = blocks
 
     def invert(
@@ -313,7 +318,7 @@ class NativeFlow:
         past's slots.
         """
         rows, tokens, dim = w.shape
-        noise, features = w.contiguous(), None if features is None else features.contiguous()
+        noise, features = w.contiguous(), _float32(features)
         v = torch.empty(len(self._blocks), rows, tokens, dim)
         maps, spare = torch.empty(2, streams, rows, tokens, dim), torch.empty(2, rows, tokens, dim)
         log_det = torch.zeros(rows, tokens, dim)
@@ -321,11 +326,11 @@ class NativeFlow:
         here, mu, unused = v.data_ptr(), maps.data_ptr(), spare.data_ptr()
         last, stride = (None, 0) if past.last is None else (past.last.data_ptr(), past.last.stride(0))
         acts, width = (None, 0) if features is None else (features.data_ptr(), features.shape[-1])
-        cohorts, kept = _cohorts(past)
+        cohorts, kept = _cohorts(past, self._shapes[0], rows, tokens)
         deep = (self._blocks[0], cohorts, noise.data_ptr(), last, acts, stride, here, mu, mu + streams * size)
         frames = [_Frame(*deep, None, rows, streams, tokens, width)]
         for index, (block, nothing) in enumerate(zip(self._blocks[1:], alone, strict=True)):
-            cohorts, more = _cohorts(nothing)
+            cohorts, more = _cohorts(nothing, self._shapes[1 + index], rows, tokens)
             kept += more
             before = here + index * size
             shallow = (block, cohorts, before, None, None, 0, before + size, unused, unused + size)
@@ -342,16 +347,40 @@ def _last(past: Past) -> tuple[int | None, None, int]:
     return (None, None, 0) if past.last is None else (past.last.data_ptr(), None, past.last.stride(0))
 
 
-def _cohorts(past: Past) -> tuple[ctypes.Array[_Cohort], list[object]]:
-    """The past as the kernels read it, and what must be kept until they have."""
+def _float32(tensor: Tensor | None) -> Tensor | None:
+    """As the kernels read it."""
+    return None if tensor is None else tensor.to(torch.float32).contiguous()
+
+
+def _cohorts(
+    past: Past, shape: _Transformer, rows: int, tokens: int
+) -> tuple[ctypes.Array[_Cohort], list[object]]:
+    """The past of ``rows`` sequences as the kernels read it, with room for ``tokens`` more, and what must be kept until
+    they have. Everything that they will read or write is checked here.
+
+    Raises:
+        InputError: K/V of another shape or type than this transformer's, as in a file that was tampered with.
+    """
     cohorts, kept = (_Cohort * len(past.cohorts))(), []
+    if past.rows != rows:
+        raise InputError(f"K/V of {past.rows} sequences, expected {rows}")
     for into, cohort, turns in zip(cohorts, past.cohorts, past.turns, strict=True):
         segments = (_Segment * len(cohort.segments))()
         for entry, segment in zip(segments, cohort.segments, strict=True):
             kv = segment.page.kv
-            layer, kind, row, head, token, _ = kv.stride()
-            address = kv.data_ptr() + segment.start * token * kv.element_size()
-            entry.kv, entry.layer, entry.kind, entry.row, entry.head = address, layer, kind, row, head
+            layer, kind, row, head, token, each = kv.stride()
+            layers, two, stored, heads, capacity, size = kv.shape
+            own = segment is cohort.segments[-1]  # which takes the new ones
+            if (
+                (layers, two, heads, size) != (shape.layers, 2, shape.heads, shape.head_dim)
+                or (stored * segment.fold, token, each) != (cohort.rows, size, 1)
+                or not 0 <= segment.start <= segment.stop <= capacity - own * tokens
+                or (own and segment.fold != 1)
+                or kv.dtype != torch.float32
+            ):
+                raise InputError(f"K/V of shape {tuple(kv.shape)} are not of this world")
+            entry.kv = kv.data_ptr() + 4 * segment.start * token
+            entry.layer, entry.kind, entry.row, entry.head = layer, kind, row, head
             entry.tokens, entry.fold = segment.tokens, segment.fold
         into.segment, into.segments = segments, len(segments)
         into.turns, into.rows, into.fresh = turns.data_ptr(), cohort.rows, cohort.next_position == 0

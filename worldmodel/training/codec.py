@@ -41,6 +41,7 @@ from worldmodel.files import (
 )
 from worldmodel.training.episodes import Episode, EpisodeDataset, EpisodeSplit
 from worldmodel.training.loop import LoopConfig, Run
+from worldmodel.training.precision import autocast
 
 MOVED = 12.0  # grey levels by which a pixel must change to count as moving
 SAVE_SECONDS = 60.0
@@ -61,7 +62,7 @@ class CodecTraining:
     environment that starts from an image does. motion: share of chunks drawn in proportion to how much their pixels
     change, the others evenly. observed: weight of how well one linear map of the noisy latents tells the observation
     that the simulator gave with a chunk's last frame, for what matters and is hardly seen; where every episode has scenery
-    of its own, it may learn that by heart. It is dropped after training, so the codec reads pixels alone. bf16: autocast
+    of its own, it may learn that by heart. It is dropped after training, so the codec reads pixels alone. bf16: where faster, autocast
     to bfloat16. threads: of the processor.
     """
 
@@ -167,14 +168,14 @@ class CodecStage:
         """
         drawn = self._drawn(rng)
         x = self.codec.to_input(self._pictures(drawn))
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
+        with autocast("cpu", self.config.bf16):
             raw = self.codec.encoder(x)
         raw = raw.float()
         centred = raw - raw.mean(dim=0)
         z = centred / (centred.square().mean(dim=(0, 2, 3), keepdim=True) + 1e-6).sqrt()
         sigma = self.config.noise * torch.rand(len(z), 1, 1, 1, generator=generator)
         noisy = z + sigma * torch.randn(z.shape, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
+        with autocast("cpu", self.config.bf16):
             y = self.codec.decoder(noisy.contiguous(memory_format=torch.channels_last))
         squares = (y.float() - x).square()
         square = squares.mean()

@@ -30,13 +30,14 @@ from worldmodel.flow.flow import Density, Flow, FlowConfig
 from worldmodel.training.codec import LatentEpisode
 from worldmodel.training.loop import LoopConfig, Run
 from worldmodel.training.parallel import ALONE, Ranks, whole
+from worldmodel.training.precision import autocast
 
 
 @dataclass(frozen=True)
 class FlowTraining:
     """batch: windows a step, each of ``length`` latent frames. action_dropout: share of frames whose action is hidden,
-    so that guidance and the action gain exist. harmonics: Fourier features of the action encoder. bf16: autocast.
-    compiled: with torch.compile where a C++ compiler is at hand (1.5 x faster here), on one process.
+    so that guidance and the action gain exist. harmonics: Fourier features of the action encoder. bf16: autocast,
+    where that is faster. compiled: with torch.compile where a C++ compiler is at hand, on one process.
     recompute: activation checkpointing, which needs less memory and more time; never compiled.
     text_dropout: share of windows whose prompt is replaced by the empty one, in worlds with prompts. motion: share of
     windows drawn in proportion to how much their latents change, the others evenly: where little happens most of the
@@ -216,7 +217,7 @@ class FlowStage:
         x = self.flow.tokens(self.data.latents[at].to(device))
         noise = torch.randn(c.batch, *x.shape[1:], generator=generator)[rows].to(device)
         noisy = (x + sigma * noise).requires_grad_(True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=c.bf16):
+        with autocast(device.type, c.bf16):
             features = None
             if self.actions is not None:
                 present = torch.from_numpy(rng.random((c.batch, c.length)) >= c.action_dropout)[rows]
@@ -227,7 +228,7 @@ class FlowStage:
         loss.backward()
         assert noisy.grad is not None
         target = noisy.grad * (noisy.numel() * sigma**2 / SCORE_SCALE)
-        with torch.autocast(device.type, torch.bfloat16, enabled=c.bf16):
+        with autocast(device.type, c.bf16):
             score = self.score(
                 noisy.detach(), self.grid, text, None if features is None else features.detach()
             )

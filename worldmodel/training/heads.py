@@ -25,6 +25,7 @@ from worldmodel.training.codec import OBSERVED_FLOOR, OBSERVED_LIMIT, standardis
 from worldmodel.training.flow import Latents
 from worldmodel.training.loop import LoopConfig, Run
 from worldmodel.training.pictures import Pictures
+from worldmodel.training.precision import autocast
 from worldmodel.training.returns import returns_to_go, worth_imitating
 
 SMALL = 1e-6  # least deviation that anything is standardised by
@@ -184,7 +185,7 @@ class HeadsStage:
         assert self.pictures is not None
         frames = self.pictures.windows(at, 1, c.swap, rng)[:, 0].float()
         frames = frames + c.noise * PIXEL_RANGE * torch.randn(frames.shape, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu"):
             return heads.eye(frames).float()
 
     def backward(
