@@ -47,7 +47,7 @@ def normal(
     Philox 4x64 (Salmon et al., SC 2011) keyed by (seed, branch); the counter holds step, stream and draw.
     """
     noise = np.empty((len(seeds), *shape), dtype=np.float32)
-    bits = np.random.Philox(0)
+    bits = np.random.Philox(key=np.zeros(2, dtype=np.uint64))
     generator, state = (
         np.random.Generator(bits),
         bits.state,

@@ -62,8 +62,8 @@ class CodecTraining:
     environment that starts from an image does. motion: share of chunks drawn in proportion to how much their pixels
     change, the others evenly. observed: weight of how well one linear map of the noisy latents tells the observation
     that the simulator gave with a chunk's last frame, for what matters and is hardly seen; where every episode has scenery
-    of its own, it may learn that by heart. It is dropped after training, so the codec reads pixels alone. bf16: where faster, autocast
-    to bfloat16. threads: of the processor.
+    of its own, it may learn that by heart. It is dropped after training, so the codec reads pixels alone. bf16: autocast
+    to bfloat16, where that is faster. threads: of the processor.
     """
 
     model: ConvCodecConfig = ConvCodecConfig()
