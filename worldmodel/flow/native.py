@@ -222,22 +222,24 @@ class NativeTransformer:
         """Affine maps of a run of known tokens v (B, T * N, D) behind the past, raster order within each frame; features
         (B, T, E). K/V go into the past's slots; without ``maps`` nothing else is computed, and these are empty.
         """
-        known, features = v.contiguous(), _float32(features)
+        known, acts = _inputs(self._transformer, v, features)
         mu, sigma = torch.empty(2, *known.shape if maps else (0,)).unbind()
         cohorts, kept = _cohorts(past, self._transformer, *known.shape[:2])
+        last, stride = _address(past.last), 0 if past.last is None else past.last.stride(0)
         run = _Known(
             self.block(order),
             cohorts,
             known.data_ptr(),
-            *_last(past),
+            last,
+            _address(acts),
+            stride,
             mu.data_ptr() if maps else None,
             sigma.data_ptr(),
             len(known),
             frames,
             known.shape[1] // frames,
-            0 if features is None else features.shape[-1],
+            0 if acts is None else acts.shape[-1],
         )
-        run.features = None if features is None else features.data_ptr()
         self._run("worldmodel_extend", run)
         del kept
         return Affine(mu, sigma)
@@ -258,8 +260,9 @@ class NativeTransformer:
         features (B, T, E); turns ((window + 1) * N, K / 2); row b's first ``missing[b]`` frames do not exist, of T or, with
         ``cached``, of window + 1. Each layer goes on with its last ``asking`` frames.
         """
-        noisy, rows = noisy.contiguous(), len(noisy)
-        features, cached = _float32(features), _float32(cached)
+        rows = len(noisy)
+        noisy, acts = _inputs(self._transformer, noisy, features)
+        cached = None if cached is None else cached.contiguous()
         score = torch.empty(rows, *noisy.shape[2:])
         shape = (rows, self._transformer.layers, 2, window * noisy.shape[2], self._transformer.width)
         kept = torch.empty(shape)
@@ -269,15 +272,15 @@ class NativeTransformer:
             _Newest(
                 ctypes.pointer(self._transformer),
                 noisy.data_ptr(),
-                None if features is None else features.data_ptr(),
+                _address(acts),
                 turns.data_ptr(),
-                None if cached is None else cached.data_ptr(),
+                _address(cached),
                 ctypes.addressof(absent),
                 ctypes.addressof(asks),
                 score.data_ptr(),
                 kept.data_ptr(),
                 *noisy.shape[:3],
-                0 if features is None else features.shape[-1],
+                0 if acts is None else acts.shape[-1],
                 window,
             ),
         )
@@ -318,17 +321,18 @@ class NativeFlow:
         past's slots.
         """
         rows, tokens, dim = w.shape
-        noise, features = w.contiguous(), _float32(features)
+        noise, acts = _inputs(self._shapes[0], w, features)
         v = torch.empty(len(self._blocks), rows, tokens, dim)
         maps, spare = torch.empty(2, streams, rows, tokens, dim), torch.empty(2, rows, tokens, dim)
         log_det = torch.zeros(rows, tokens, dim)
         size = rows * tokens * dim * v.element_size()
         here, mu, unused = v.data_ptr(), maps.data_ptr(), spare.data_ptr()
-        last, stride = (None, 0) if past.last is None else (past.last.data_ptr(), past.last.stride(0))
-        acts, width = (None, 0) if features is None else (features.data_ptr(), features.shape[-1])
+        last, stride = _address(past.last), 0 if past.last is None else past.last.stride(0)
+        width = 0 if acts is None else acts.shape[-1]
         cohorts, kept = _cohorts(past, self._shapes[0], rows, tokens)
-        deep = (self._blocks[0], cohorts, noise.data_ptr(), last, acts, stride, here, mu, mu + streams * size)
-        frames = [_Frame(*deep, None, rows, streams, tokens, width)]
+        deep = (self._blocks[0], cohorts, noise.data_ptr(), last, _address(acts), stride)
+        maps_at = (here, mu, mu + streams * size)
+        frames = [_Frame(*deep, *maps_at, None, rows, streams, tokens, width)]
         for index, (block, nothing) in enumerate(zip(self._blocks[1:], alone, strict=True)):
             cohorts, more = _cohorts(nothing, self._shapes[1 + index], rows, tokens)
             kept += more
@@ -342,14 +346,23 @@ class NativeFlow:
         return Inverted(v[0], v[-1], Affine(*maps), log_det)
 
 
-def _last(past: Past) -> tuple[int | None, None, int]:
-    """Fields ``last``, ``features`` (filled in later) and ``last_stride``."""
-    return (None, None, 0) if past.last is None else (past.last.data_ptr(), None, past.last.stride(0))
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
-def _float32(tensor: Tensor | None) -> Tensor | None:
-    """As the kernels read it."""
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
+def _inputs(shape: _Transformer, tokens: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Tokens (..., D) and action features (..., E) as the kernels read them.
+
+    Raises:
+        InputError: they are of another size than this transformer's.
+    """
+    wanted = shape.action.inputs
+    if tokens.shape[-1] != shape.proj_in.inputs:
+        raise InputError(f"tokens of {tokens.shape[-1]} dimensions, expected {shape.proj_in.inputs}")
+    if features is not None and wanted and features.shape[-1] != wanted:
+        raise InputError(f"{features.shape[-1]} action features, expected {wanted}")
+    acts = features.to(torch.float32).contiguous() if features is not None and wanted else None
+    return tokens.to(torch.float32).contiguous(), acts
 
 
 def _cohorts(

@@ -189,6 +189,7 @@ class FlowStage:
         self.parts = new_parts(config, data.packed.shape[1]) if parts is None else parts
         self.flow = cast(Flow, self.parts["flow"])
         self.actions = cast(ActionEncoder, self.parts["actions"]) if "actions" in self.parts else None
+        self.stored = next(self.flow.parameters()).dtype
         self.grid = self.flow.grid((data.latents.shape[2], data.latents.shape[3]))
         self.starts, self.rows = data.places(config.length), ranks.rows(config.batch)
         self.moving = data.motion(self.starts, config.length) if config.motion else None
@@ -217,7 +218,7 @@ class FlowStage:
         x = self.flow.tokens(self.data.latents[at].to(device))
         noise = torch.randn(c.batch, *x.shape[1:], generator=generator)[rows].to(device)
         noisy = (x + sigma * noise).requires_grad_(True)
-        with autocast(device.type, c.bf16):
+        with autocast(device.type, c.bf16, self.stored):
             features = None
             if self.actions is not None:
                 present = torch.from_numpy(rng.random((c.batch, c.length)) >= c.action_dropout)[rows]
@@ -228,7 +229,7 @@ class FlowStage:
         loss.backward()
         assert noisy.grad is not None
         target = noisy.grad * (noisy.numel() * sigma**2 / SCORE_SCALE)
-        with autocast(device.type, c.bf16):
+        with autocast(device.type, c.bf16, self.stored):
             score = self.score(
                 noisy.detach(), self.grid, text, None if features is None else features.detach()
             )

@@ -29,6 +29,7 @@ def bfloat16_pays(kind: str) -> bool:
     return best[torch.bfloat16] < best[torch.float32]
 
 
-def autocast(kind: str, wanted: bool = True) -> torch.autocast:
-    """Autocast to bfloat16 where it is ``wanted`` and pays."""
-    return torch.autocast(kind, torch.bfloat16, enabled=wanted and bfloat16_pays(kind))
+def autocast(kind: str, wanted: bool = True, stored: torch.dtype = torch.float32) -> torch.autocast:
+    """Autocast to bfloat16 where it is ``wanted`` and pays; weights ``stored`` in it know no other."""
+    pays = stored == torch.bfloat16 or bfloat16_pays(kind)
+    return torch.autocast(kind, torch.bfloat16, enabled=wanted and pays)
