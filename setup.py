@@ -1,6 +1,6 @@
-"""Builds the native kernels of `worldmodel.native` where there is a C compiler for x86-64; all else is in setup.cfg.
+"""Builds the native kernels of `worldmodel.native` where there is gcc on x86-64 Linux; all else is in setup.cfg.
 
-They are optional: without a compiler the package installs all the same, and torch computes what they would have.
+They are optional: without it the package installs all the same, and torch computes what they would have.
 """
 
 import platform
@@ -24,5 +24,5 @@ def kernels(level: str) -> Extension:
     )
 
 
-x86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "win32"
-setup(ext_modules=[kernels("v4"), kernels("v3")] if x86 else [])
+served = platform.machine() == "x86_64" and sys.platform == "linux"
+setup(ext_modules=[kernels("v4"), kernels("v3")] if served else [])

@@ -32,7 +32,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("this processor does not run it")
     found = importlib.util.find_spec(f"worldmodel.native.{request.param}")
     if found is None or found.origin is None:
-        pytest.skip("not built: no C compiler when the package was installed")
+        pytest.skip("not built: no gcc when the package was installed")
     library = ctypes.CDLL(found.origin)
     monkeypatch.setattr(native, "_found", lambda: (request.param, library))
     return library

@@ -76,7 +76,7 @@ def info(
         ),
     ]
     rows.append(
-        ("kernels", build() or "torch's alone: reinstall with a C compiler at hand, steps are then faster")
+        ("kernels", build() or "torch's alone: reinstall with gcc at hand, steps are then faster")
     )
     rows += [
         (f"quality: {k}", ", ".join(f"{n} {x:.4g}" for n, x in v.items())) for k, v in spec.quality.items()
