@@ -75,9 +75,7 @@ def info(
             else ("none: begin with a picture" if spec.fps else "none: a session is a picture"),
         ),
     ]
-    rows.append(
-        ("kernels", build() or "torch's alone: reinstall with gcc at hand, steps are then faster")
-    )
+    rows.append(("kernels", build() or "torch's alone: reinstall with gcc at hand, steps are then faster"))
     rows += [
         (f"quality: {k}", ", ".join(f"{n} {x:.4g}" for n, x in v.items())) for k, v in spec.quality.items()
     ]
