@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from worldmodel.codec.base import CodecState
-from worldmodel.codec.native import LEVELS, NativeDecoder
+from worldmodel.codec.native import LEVELS, DecoderParts, NativeDecoder, ResidualParts
 from worldmodel.errors import CheckpointError, ConfigError, InputError
 from worldmodel.files import load_tensors, require_at_least, save_tensors
 from worldmodel.invariance import PICTURES, with_rows
@@ -168,9 +168,26 @@ class ConvCodec(Packable):
         """The decoder for the kernels of `worldmodel.native`, where they serve; laid out at first use."""
         if self._waiting:
             kernels = library() if len(self.config.widths) <= LEVELS else None
-            self._kernel = NativeDecoder(kernels, self) if kernels else None
+            self._kernel = NativeDecoder(kernels, self._decoder_parts()) if kernels else None
             self._waiting = False
         return cast("NativeDecoder | None", self._kernel)
+
+    def _decoder_parts(self) -> DecoderParts:
+        c, layers = self.config, list(self.decoder)
+        blocks = [ResidualParts(m.norm, m.first, m.second) for m in layers if isinstance(m, ResidualBlock)]
+        counts = c.decoder_blocks[::-1]
+        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+        return DecoderParts(
+            cast(nn.Conv2d, layers[0]),
+            cast(nn.Conv2d, layers[-2]),
+            c.widths[::-1],
+            [blocks[end - count : end] for count, end in zip(counts, ends, strict=True)],
+            [*(m for m in layers if isinstance(m, PointConv2d)), None],
+            c.latent_shape,
+            c.frames,
+            c.patch,
+            self.background,
+        )
 
     def _pictures(self, layers: nn.Module) -> int:
         return 1 if is_packed(layers) else PICTURES

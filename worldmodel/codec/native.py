@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_int32, c_void_p
 from math import prod
-from typing import TYPE_CHECKING, cast
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -13,9 +14,6 @@ from torch import Tensor, nn
 
 from worldmodel import native
 from worldmodel.packed import PointConv2d
-
-if TYPE_CHECKING:
-    from worldmodel.codec.conv import ConvCodec, ResidualBlock
 
 LEVELS = 8
 """The most that the kernel takes."""
@@ -69,46 +67,64 @@ def winograd_weights(weight: Tensor, side: int) -> Tensor:
     return torch.einsum("ik,jl,onkl->ijon", g, g, weight.double()).flatten(0, 1).float()
 
 
+class ResidualParts(NamedTuple):
+    """A residual block: x + second(silu(first(silu(norm(x)))))."""
+
+    norm: nn.GroupNorm
+    first: nn.Conv2d
+    second: nn.Conv2d
+
+
+class DecoderParts(NamedTuple):
+    """A decoder: its first and last convolution, and of each level, coarsest first, the width, the residual blocks, and the
+    1x1 convolution to the next (None for the last). latent_shape: (C, h, w). frames, patch: F and a cell's side in pixels.
+    background: (3, height, width).
+    """
+
+    enter: nn.Conv2d
+    leave: nn.Conv2d
+    widths: Sequence[int]
+    blocks: Sequence[Sequence[ResidualParts]]
+    ups: Sequence[PointConv2d | None]
+    latent_shape: tuple[int, int, int]
+    frames: int
+    patch: int
+    background: Tensor
+
+
 class NativeDecoder:
     """A frozen codec's decoder and `ConvCodec.to_pixels`, in float32 on the CPU. ``ConvCodec.native`` makes it.
 
     A picture's frames are the same, bit for bit, whatever pictures are decoded beside it.
     """
 
-    def __init__(self, kernels: ctypes.CDLL, codec: ConvCodec) -> None:
-        from worldmodel.codec.conv import ResidualBlock
-
-        config = codec.config
-        _, h, w = config.latent_shape
+    def __init__(self, kernels: ctypes.CDLL, parts: DecoderParts) -> None:
+        channels, h, w = parts.latent_shape
         self._kernels, self._weights = kernels, native.Weights(kernels)
-        self._frames_shape = (config.frames, config.height, config.width, 3)
-        enter, leave = cast(nn.Conv2d, codec.decoder[0]), cast(nn.Conv2d, codec.decoder[-2])
-        blocks = [m for m in codec.decoder if isinstance(m, ResidualBlock)]
-        ups = [m for m in codec.decoder if isinstance(m, PointConv2d)]
-        levels: list[_Level] = []
-        first, cells = 0, h * w
-        for level in reversed(range(len(config.widths))):
-            last = first + config.decoder_blocks[level]
-            residuals = [self._residual(block, cells) for block in blocks[first:last]]
-            up = self._up(ups[len(levels)], config.widths[level - 1]) if level else native.Linear()
-            entries = self._weights.array(_Residual, residuals)
-            levels.append(_Level(entries, last - first, config.widths[level], up))
-            first, cells = last, cells * 4
-        patch = config.patch
+        self._frames_shape = (parts.frames, *parts.background.shape[1:], 3)
+        levels, cells = [], h * w
+        for width, blocks, conv, finer in zip(
+            parts.widths, parts.blocks, parts.ups, [*parts.widths[1:], 0], strict=True
+        ):
+            residuals = self._weights.array(_Residual, [self._residual(block, cells) for block in blocks])
+            up = native.Linear() if conv is None else self._up(conv, finer)
+            levels.append(_Level(residuals, len(blocks), width, up))
+            cells *= 4
+        patch, leave = parts.patch, parts.leave
         # from (F c i j), as pixel shuffles read them, to (F i j c), as they lie in frames
         order = rearrange(torch.arange(leave.out_channels), "(F c i j) -> (F i j c)", c=3, i=patch, j=patch)
-        background = rearrange(codec.background, "c (h i) (w j) -> (h w) (i j c)", i=patch, j=patch)
+        background = rearrange(parts.background, "c (h i) (w j) -> (h w) (i j c)", i=patch, j=patch)
         period, lanes = background.shape[1], self._weights.panel // 2
         self._decoder = _Decoder(
-            self._convolution(enter, h * w),
+            self._convolution(parts.enter, h * w),
             self._convolution(leave, cells // 4, order),
             self._weights.array(_Level, levels),
             self._weights.pointer(background[:, torch.arange(period + lanes) % period]),
             len(levels),
-            config.latent_channels,
+            channels,
             h,
             w,
-            config.frames,
+            parts.frames,
             patch,
         )
 
@@ -128,7 +144,7 @@ class NativeDecoder:
         bias = w.pointer(w.padded(conv.get_parameter("bias")[order]))
         return _Convolution(panels, bias, conv.in_channels, conv.out_channels, side)
 
-    def _residual(self, block: ResidualBlock, pixels: int) -> _Residual:
+    def _residual(self, block: ResidualParts, pixels: int) -> _Residual:
         w = self._weights
         return _Residual(
             *(w.pointer(w.padded(block.norm.get_parameter(name))) for name in ("weight", "bias")),

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from worldmodel.flow.affine import Affine, affine_from_head
 from worldmodel.flow.attention import Attention, Room, Run, plan_run
 from worldmodel.flow.cache import Cohort, KVShape
-from worldmodel.flow.native import NativeTransformer, Order, Past, serves
+from worldmodel.flow.native import LayerParts, NativeTransformer, Order, Past, TransformerParts
 from worldmodel.flow.order import reorder
 from worldmodel.flow.rope import Rotary, frame_rotary, frame_turns
 from worldmodel.native import library
@@ -59,6 +59,10 @@ class FinalNorm(nn.Module):
         return (y * (1.0 + self.weight.to(y.dtype))).to(x.dtype)
 
 
+WIDEST = 512
+"""Wider transformers are left to torch, which spreads one sequence over several threads; the kernels spread sequences."""
+
+
 class Transformer(Packable):
     """Tokens (B, S, ``inputs``) to (B, S, ``outputs``); optional condition tokens in front, optional action features added.
 
@@ -98,9 +102,38 @@ class Transformer(Packable):
         """The same weights for the kernels of `worldmodel.native`, where they serve; laid out at first use."""
         if self._waiting:
             kernels = library()
-            self._kernel = NativeTransformer(kernels, self) if kernels and serves(self) else None
+            self._kernel = (
+                NativeTransformer(kernels, self._parts()) if kernels and self._native_serves() else None
+            )
             self._waiting = False
         return cast("NativeTransformer | None", self._kernel)
+
+    def _parts(self) -> TransformerParts:
+        layers = []
+        for module in self.layers:
+            attention, mlp = cast(Layer, module).attention, cast(Layer, module).mlp
+            maps = attention.qkv, attention.out, mlp.up, mlp.down
+            layers.append(LayerParts((attention.norm, mlp.norm), maps))
+        gain = 1.0 + self.final_norm.weight if isinstance(self.final_norm, FinalNorm) else None
+        return TransformerParts(layers, self.proj_in, self.proj_action, self.proj_out, gain, self.head_dim)
+
+    def _native_serves(self) -> bool:
+        """Plain linear maps, whole heads of a width that vectors divide, and not wide."""
+        width = self.proj_in.out_features
+        layers = [cast(Layer, module) for module in self.layers]
+        maps = [self.proj_in, self.proj_out]
+        maps += [
+            m
+            for layer in layers
+            for m in (layer.attention.qkv, layer.attention.out, layer.mlp.up, layer.mlp.down)
+        ]
+        return (
+            all(type(each) is Linear for each in maps)
+            and all(layer.attention.heads * self.head_dim == width for layer in layers)
+            and self.head_dim % 16 == 0
+            and width <= WIDEST
+            and self.proj_in.in_features <= 4 * width
+        )
 
     def embed(self, tokens: Tensor, actions: Tensor | None) -> Tensor:
         """Projected tokens (B, S, D), plus the embedding of action features (B, S, E) where the model has them."""

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from worldmodel import native
 from worldmodel.errors import InputError
 from worldmodel.flow.affine import Affine, standard_normal_log_prob
 from worldmodel.flow.cache import Cohort
-
-if TYPE_CHECKING:
-    from worldmodel.flow.block import Layer, Transformer
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -165,55 +162,51 @@ def density(u: Tensor, maps: Affine, log_det: Tensor) -> Density:
     return Density(z, elements, log_prob)
 
 
-WIDEST = 512
-"""Wider transformers are left to torch, which spreads one sequence over several threads; the kernels spread sequences."""
+class LayerParts(NamedTuple):
+    """A layer: its norms before attention and MLP, and its linear maps."""
+
+    norms: tuple[nn.LayerNorm, nn.LayerNorm]
+    maps: tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]
+    """qkv, out, up, down"""
 
 
-def serves(transformer: Transformer) -> bool:
-    """Whether the kernels can run it and should: plain linear maps, heads of a width that vectors divide, not wide."""
-    from worldmodel.packed import Linear
+class TransformerParts(NamedTuple):
+    """A transformer: layers; maps of tokens, of action features (None for none) and to its outputs; the gain of the
+    RMSNorm at its end, None for none.
+    """
 
-    linear = [transformer.proj_in, transformer.proj_out]
-    for module in transformer.layers:
-        layer = cast("Layer", module)
-        if layer.attention.heads * transformer.head_dim != transformer.proj_in.out_features:
-            return False
-        linear += [layer.attention.qkv, layer.attention.out, layer.mlp.up, layer.mlp.down]
-    width = transformer.proj_in.out_features
-    small = width <= WIDEST and transformer.proj_in.in_features <= 4 * width
-    return small and transformer.head_dim % 16 == 0 and all(type(module) is Linear for module in linear)
+    layers: Sequence[LayerParts]
+    proj_in: nn.Linear
+    proj_action: nn.Linear | None
+    proj_out: nn.Linear
+    final_gain: Tensor | None
+    head_dim: int
 
 
 class NativeTransformer:
     """A frozen float32 transformer for the kernels. ``Transformer.native`` makes it."""
 
-    def __init__(self, kernels: ctypes.CDLL, transformer: Transformer) -> None:
-        from worldmodel.flow.block import FinalNorm
-
+    def __init__(self, kernels: ctypes.CDLL, parts: TransformerParts) -> None:
         self._kernels = kernels
         self._weights = w = native.Weights(kernels)
-        layers = []
-        for module in transformer.layers:
-            attention, mlp = cast("Layer", module).attention, cast("Layer", module).mlp
-            layers.append(
-                _Layer(
-                    *(w.pointer(p) for n in (attention.norm, mlp.norm) for p in (n.weight, n.bias)),
-                    *(w.linear(m.weight, m.bias) for m in (attention.qkv, attention.out, mlp.up, mlp.down)),
-                )
+        layers = [
+            _Layer(
+                *(w.pointer(p) for norm in layer.norms for p in (norm.weight, norm.bias)),
+                *(w.linear(each.weight, each.bias) for each in layer.maps),
             )
-        action, final = transformer.proj_action, transformer.final_norm
-        self._layers = (_Layer * len(layers))(*layers)
-        width = transformer.proj_in.out_features
+            for layer in parts.layers
+        ]
+        width, action = parts.proj_in.out_features, parts.proj_action
         self._transformer = _Transformer(
-            self._layers,
-            w.pointer(1.0 + final.weight) if isinstance(final, FinalNorm) else None,
-            w.linear(transformer.proj_in.weight, transformer.proj_in.bias),
+            w.array(_Layer, layers),
+            None if parts.final_gain is None else w.pointer(parts.final_gain),
+            w.linear(parts.proj_in.weight, parts.proj_in.bias),
             w.linear(None if action is None else action.weight, None),
-            w.linear(transformer.proj_out.weight, transformer.proj_out.bias),
+            w.linear(parts.proj_out.weight, parts.proj_out.bias),
             len(layers),
             width,
-            width // transformer.head_dim,
-            transformer.head_dim,
+            width // parts.head_dim,
+            parts.head_dim,
         )
 
     def extend(
