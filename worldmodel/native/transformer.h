@@ -34,6 +34,8 @@ typedef struct {
     int32_t tokens, fold;
 } Segment;
 
+enum { FETCHED = 1024 }; /* floats at most: the processor itself goes on where memory is read in order */
+
 /* Sequences with one past. New K/V go behind the last segment, whose fold is 1; with no segment they are not kept. turns:
  * (R, K / 2) unit complex numbers that rotate the run's queries and keys. fresh: the run begins with SOS. */
 typedef struct {
@@ -184,6 +186,19 @@ static __attribute__((unused)) int list_past(const Sequence *s, int layer, int h
     return n;
 }
 
+/* Asks for what is cached of one sequence alone, so that it is there when its turn comes: each has a page of its own. */
+INLINE void fetch(const Sequence *s, int layer, int head, int size)
+{
+    if (!s->cohort->segments) return;
+    const Segment *g = s->cohort->segment + s->cohort->segments - 1;
+    const float *k = g->kv + layer * g->layer + s->row * g->row + head * g->head;
+    const int floats = g->tokens * size < FETCHED ? g->tokens * size : FETCHED;
+    for (int i = 0; i < floats; i += 16) {
+        __builtin_prefetch(k + i);
+        __builtin_prefetch(k + g->kind + i);
+    }
+}
+
 /* Where token `at` of a run keeps its key; its value lies `*kind` further. Streams but the first have no page. */
 INLINE float *slot(const Scratch *s, const Transformer *t, int layer, int row, int stream, int head, int rows, int streams,
                    int run, int at, ptrdiff_t *kind)
@@ -213,6 +228,7 @@ static __attribute__((unused)) void layers(const Transformer *t, Scratch *s, int
         for (int head = 0; head < t->heads; head++)
             for (int row = 0; row < rows; row++) {
                 const Sequence *sequence = s->sequence + row;
+                if (row + 1 < rows) fetch(sequence + 1, l, head, size);
                 const int past = list_past(sequence, l, head, size, s->keys, s->values);
                 for (int stream = 0; stream < streams; stream++) {
                     const int first = (row * streams + stream) * pass;
