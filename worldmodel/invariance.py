@@ -1,7 +1,8 @@
 """Results that do not depend on the batch: rows for kernels that round differently when there are few.
 
-On CPUs a matrix product of at least 4 rows, and a convolution of at least 2 pictures, gives each row bit for bit what it
-gives in any larger batch; smaller ones take other kernels. So a session's frames never depend on who shares its batch.
+On most CPUs torch's matrix products of at least 4 rows, and convolutions of at least 2 pictures, give each row bit for bit
+what they give in any larger batch; smaller ones take other kernels. On some, larger ones do too, and the last bits of what
+torch computes (the encoder; all, without `worldmodel.native`) may then depend on who shares the batch.
 """
 
 from __future__ import annotations

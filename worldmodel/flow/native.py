@@ -384,7 +384,7 @@ def _cohorts(
                 or (own and segment.fold != 1)
                 or kv.dtype != torch.float32
             ):
-                raise InputError(f"K/V of shape {tuple(kv.shape)} are not of this world")
+                raise InputError(f"K/V of shape {tuple(kv.shape)} and dtype {kv.dtype} are not of this world")
             entry.kv = kv.data_ptr() + 4 * segment.start * token
             entry.layer, entry.kind, entry.row, entry.head = layer, kind, row, head
             entry.tokens, entry.fold = segment.tokens, segment.fold
