@@ -9,20 +9,27 @@ import sys
 from setuptools import Extension, setup
 
 SOURCES = [f"worldmodel/native/{name}.c" for name in ("flow", "denoiser", "perceptron", "convolution")]
-HEADERS = [f"worldmodel/native/{name}.h" for name in ("vector", "linear", "threads", "transformer")]
+HEADERS = [f"worldmodel/native/{name}.h" for name in ("vector", "tiles", "linear", "threads", "transformer")]
+
+
+LEVELS = {
+    "_amx": ["-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],  # a matrix unit
+    "_v4": ["-march=x86-64-v4"],  # AVX-512
+    "_v3": ["-march=x86-64-v3"],  # AVX2
+}
 
 
 def kernels(level: str) -> Extension:
-    """The kernels for one level of x86-64: v4 has AVX-512, v3 has AVX2."""
+    """The kernels for one level of x86-64."""
     return Extension(
-        f"worldmodel.native._{level}",
+        f"worldmodel.native.{level}",
         SOURCES,
         depends=HEADERS,
-        extra_compile_args=["-O3", f"-march=x86-64-{level}", "-ffp-contract=fast", "-fvisibility=default"],
+        extra_compile_args=["-O3", *LEVELS[level], "-ffp-contract=fast", "-fvisibility=default"],
         libraries=["m", "pthread"],
         optional=True,
     )
 
 
 served = platform.machine() == "x86_64" and sys.platform == "linux"
-setup(ext_modules=[kernels("v4"), kernels("v3")] if served else [])
+setup(ext_modules=[kernels(level) for level in LEVELS] if served else [])

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from tests.toy import randomise, toy_flow, toy_world
 from worldmodel import native
-from worldmodel.codec.conv import ConvCodec, ConvCodecConfig, fast_layout, round_to_half
+from worldmodel.codec.conv import ConvCodec, ConvCodecConfig, fast_layout
 from worldmodel.errors import InputError
 from worldmodel.flow.cache import KVCache, Page
 from worldmodel.flow.context import Context
 from worldmodel.flow.flow import Flow, Imagined
-from worldmodel.packed import Perceptron, pack
+from worldmodel.packed import Perceptron, narrow, pack
 
 BUILDS = {build for builds in native.LEVELS.values() for build in builds}
 
@@ -34,6 +34,8 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if found is None or found.origin is None:
         pytest.skip("not built: no gcc when the package was installed")
     library = ctypes.CDLL(found.origin)
+    if not library.worldmodel_usable():
+        pytest.skip("this processor or system has no matrix unit for it")
     monkeypatch.setattr(native, "_found", lambda: (request.param, library))
     return library
 
@@ -58,11 +60,17 @@ SHAPES = {
 }
 
 
-def both(seed: int, halves: bool, **overrides: object) -> tuple[Flow, Flow]:
+@torch.no_grad()
+def round_to(module: nn.Module, stored: str) -> None:
+    """Weights that this type represents, in place."""
+    for weight in module.parameters():
+        weight.copy_({"float32": weight, "float16": weight.half(), "bfloat16": narrow(weight)}[stored])
+
+
+def both(seed: int, stored: str, **overrides: object) -> tuple[Flow, Flow]:
     """One flow for the kernels and for torch, its weights moderate."""
     plain = toy_flow(seed, **overrides)
-    if halves:
-        round_to_half(plain)
+    round_to(plain, stored)
     packed = copy.deepcopy(plain)
     pack(packed)
     assert packed.native is not None and packed.denoiser is not None and packed.denoiser.keeps
@@ -101,16 +109,16 @@ def near(a: Tensor, b: Tensor, tolerance: float = 2e-4) -> bool:
     return bool(((a - b).abs() <= tolerance * (1 + b.abs())).all())
 
 
-@pytest.mark.parametrize("halves", [False, True], ids=["float32", "halves"])
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("overrides", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize(
     ("lengths", "fork"), [([0], 1), ([3, 3], 1), ([0, 2, 5, 1], 1), ([4], 3), ([1, 2], 2)], ids=str
 )
 @torch.no_grad()
 def test_a_frame_is_torchs(
-    kernels: ctypes.CDLL, halves: bool, overrides: dict[str, object], lengths: list[int], fork: int
+    kernels: ctypes.CDLL, stored: str, overrides: dict[str, object], lengths: list[int], fork: int
 ) -> None:
-    packed, plain = both(3, halves, **overrides)
+    packed, plain = both(3, stored, **overrides)
     ours, theirs = imagined(packed, lengths, fork), imagined(plain, lengths, fork)
     assert near(ours.u, theirs.u) and near(ours.x, theirs.x) and near(ours.log_det, theirs.log_det)
     assert all(near(a, b) for a, b in zip(ours.terms.maps, theirs.terms.maps, strict=True))
@@ -126,12 +134,13 @@ def test_a_frame_is_torchs(
     assert all(near(a, b) for a, b in zip(ours.terms.maps, terms.maps, strict=True))
 
 
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
 @pytest.mark.parametrize("overrides", SHAPES.values(), ids=SHAPES)
 @torch.no_grad()
 def test_a_row_is_the_same_whatever_is_beside_it(
-    kernels: ctypes.CDLL, threads: int, overrides: dict[str, object]
+    kernels: ctypes.CDLL, threads: int, overrides: dict[str, object], stored: str
 ) -> None:
-    flow, _ = both(3, False, **overrides)
+    flow, _ = both(3, stored, **overrides)
     w, action = draw(70, *size(flow), seed=1), acts(flow, 70, 1, 2)
     begin, clips, told = past(flow, [3]).fork(70), draw(70, 5, *size(flow), seed=3), acts(flow, 70, 5, 4)
 
@@ -156,7 +165,7 @@ def test_a_row_is_the_same_whatever_is_beside_it(
 def test_the_denoiser_is_torchs_and_what_it_keeps_spares_the_frames_before(
     kernels: ctypes.CDLL, overrides: dict[str, object]
 ) -> None:
-    flow, plain = both(5, False, **overrides)
+    flow, plain = both(5, "bfloat16", **overrides)
     assert flow.denoiser is not None and plain.denoiser is not None
     reach, counts = flow.denoiser_reach, [1, 2, 9]
     clips = draw(3, 9, *size(flow), seed=6)
@@ -197,18 +206,17 @@ CODECS = {
 }
 
 
-@pytest.mark.parametrize("halves", [False, True], ids=["float32", "halves"])
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("config", CODECS.values(), ids=CODECS)
 @torch.no_grad()
 def test_frames_are_torchs_but_for_ties(
-    kernels: ctypes.CDLL, threads: int, config: dict[str, object], halves: bool
+    kernels: ctypes.CDLL, threads: int, config: dict[str, object], stored: str
 ) -> None:
     torch.manual_seed(0)
     plain = ConvCodec(ConvCodecConfig(**config)).requires_grad_(False).eval()
     randomise(plain, 0)
     plain.background.uniform_(0, 255, generator=torch.Generator().manual_seed(1))
-    if halves:
-        round_to_half(plain)
+    round_to(plain, stored)
     packed = fast_layout(copy.deepcopy(plain))
     pack(packed)
     assert packed.native is not None
@@ -243,7 +251,7 @@ def test_perceptrons(kernels: ctypes.CDLL) -> None:
 
 @torch.no_grad()
 def test_extreme_inputs_do_not_overflow(kernels: ctypes.CDLL) -> None:
-    packed, plain = both(3, False, soft_clip=0.0)
+    packed, plain = both(3, "bfloat16", soft_clip=0.0)
     for flow in (packed, plain):
         flow.deep.transformer.proj_out.weight.mul_(30)
         flow.pack() if flow is packed else None
@@ -280,7 +288,7 @@ def test_a_world_without_kernels_is_the_same(
 @torch.no_grad()
 def test_keys_and_values_of_another_shape_are_refused(kernels: ctypes.CDLL) -> None:
     """Memory is read by these shapes: a file that was tampered with must not choose which."""
-    flow, _ = both(3, False)
+    flow, _ = both(3, "bfloat16")
     good = flow.deep.reserve(past(flow, [2]))
     w, action = draw(1, *size(flow)), acts(flow, 1, 1, 1)
     cohort = good.cache.cohorts[0]
@@ -308,7 +316,7 @@ def test_kernels_of_other_sources_are_not_used(monkeypatch: pytest.MonkeyPatch) 
     finally:
         monkeypatch.undo()
         native._found.cache_clear()
-    assert native.build() in ("AVX-512", "AVX2")
+    assert native.build() in ("AMX", "AVX-512", "AVX2")
 
 
 def test_wide_transformers_are_left_to_torch() -> None:

@@ -10,7 +10,7 @@ import torch
 from gymnasium import spaces
 from torch import nn
 
-from worldmodel.checkpoint import WorldSpec, half_precision, write_world
+from worldmodel.checkpoint import WorldSpec, half_precision, narrowed, write_world
 from worldmodel.codec.conv import ConvCodec, ConvCodecConfig
 from worldmodel.codec.kl import KLCodec, KLCodecConfig
 from worldmodel.codec.wan import WanCodec, WanCodecConfig
@@ -146,7 +146,7 @@ def write_toy(
         },
     }
     parts = nn.ModuleDict({"flow": flow} if actions is None else {"flow": flow, "actions": actions})
-    tensors = {"flow": half_precision(parts), "codec": half_precision(codec), "heads": half_precision(heads)}
+    tensors = {"flow": narrowed(parts), "codec": half_precision(codec), "heads": half_precision(heads)}
     write_world(path, spec, tensors, starts, "# toy\n")
     return path
 

@@ -47,6 +47,7 @@ from worldmodel.files import (
 )
 from worldmodel.flow.flow import Flow, FlowConfig
 from worldmodel.heads import Heads, HeadsConfig
+from worldmodel.packed import narrow
 from worldmodel.sampling import Sampling
 
 WORLD_FORMAT = 1
@@ -347,3 +348,9 @@ def half_precision(module: nn.Module) -> dict[str, Tensor]:
     """A state dict with parameters as float16 and buffers as they are."""
     parameters = dict(module.named_parameters())
     return {k: v.half() if k in parameters else v for k, v in module.state_dict().items()}
+
+
+def narrowed(module: nn.Module) -> dict[str, Tensor]:
+    """As `half_precision`, matrices rounded as in `narrow`: for the parts that do most of a step's arithmetic."""
+    matrices = {name for name, weight in module.named_parameters() if weight.ndim > 1}
+    return {k: narrow(v).half() if k in matrices else v for k, v in half_precision(module).items()}

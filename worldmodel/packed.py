@@ -198,6 +198,14 @@ class Conv2d(nn.Conv2d, Packed):
         )
 
 
+def narrow(weight: Tensor) -> Tensor:
+    """The values near by that bfloat16 and float16 both represent: 8 significant bits, multiples of 2^-24.
+
+    Trainings that multiply in bfloat16 round weights as far in each step; matrix units multiply them fastest.
+    """
+    return weight.bfloat16().half().to(weight.dtype)
+
+
 def is_packed(module: nn.Module) -> bool:
     """Whether every layer of ``module`` that can be packed is: its rows then do not depend on their batch."""
     layers = [child for child in module.modules() if isinstance(child, nn.Linear | nn.Conv2d)]

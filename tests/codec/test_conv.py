@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from worldmodel.codec.base import Codec
-from worldmodel.codec.conv import ConvCodec, ConvCodecConfig, load_codec, round_to_half, save_codec
+from worldmodel.codec.conv import ConvCodec, ConvCodecConfig, load_codec, round_weights, save_codec
 from worldmodel.errors import CheckpointError, ConfigError, InputError
 from worldmodel.files import load_tensors, save_tensors
 
@@ -72,7 +72,7 @@ def test_the_shipped_size_fits_and_larger_frames_work() -> None:
 
 def test_disk_round_trip_is_exact_after_rounding(tmp_path: Path) -> None:
     made = codec()
-    round_to_half(made)
+    round_weights(made)
     save_codec(tmp_path / "c", made)
     stored = load_tensors(tmp_path / "c")
     assert {str(t.dtype) for n, t in stored.items() if n.endswith("weight")} == {"torch.float16"}

@@ -21,7 +21,7 @@ from worldmodel.errors import CheckpointError, ConfigError, InputError
 from worldmodel.files import load_tensors, require_at_least, save_tensors
 from worldmodel.invariance import PICTURES, with_rows
 from worldmodel.native import library
-from worldmodel.packed import Packable, PointConv2d, is_packed
+from worldmodel.packed import Packable, PointConv2d, is_packed, narrow
 
 PIXEL_SCALE = 128.0
 
@@ -252,7 +252,7 @@ class ConvCodec(Packable):
 
 
 def save_codec(path: Path, codec: ConvCodec) -> None:
-    """Weights as float16, which must represent them exactly (see `round_to_half`), and buffers as float32.
+    """Weights as float16, which must represent them exactly (see `round_weights`), and buffers as float32.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -294,7 +294,7 @@ def channels_last(codec: ConvCodec) -> ConvCodec:
 
 
 @torch.no_grad()
-def round_to_half(module: nn.Module) -> None:
-    """Round every parameter, in place, to the nearest value that float16 represents."""
+def round_weights(module: nn.Module) -> None:
+    """Round every parameter, in place, to what float16 represents, kernels as in `narrow`."""
     for weight in module.parameters():
-        weight.copy_(weight.half().float())
+        weight.copy_(narrow(weight) if weight.ndim > 1 else weight.half())

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-INTERFACE = 1
+INTERFACE = 2
 """Version of the C interface; raised with every change of it."""
 
 Entry = TypeVar("Entry", bound=ctypes.Structure)
 
-LEVELS = {"AVX512": ("_v4", "_v3"), "AVX2": ("_v3",)}
+LEVELS = {"AVX512": ("_amx", "_v4", "_v3"), "AVX2": ("_v3",)}
 """Builds by what torch says of the processor, best first."""
 
 
@@ -35,12 +35,13 @@ def _found() -> tuple[str, ctypes.CDLL] | None:
         if found is None or found.origin is None:
             continue
         kernels = ctypes.CDLL(found.origin)
-        if kernels.worldmodel_interface() == INTERFACE:
+        if kernels.worldmodel_interface() != INTERFACE:
+            warnings.warn(
+                f"{found.origin} was built from other sources and is not used; reinstall: pip install -e .",
+                stacklevel=2,
+            )
+        elif kernels.worldmodel_usable():
             return build, kernels
-        warnings.warn(
-            f"{found.origin} was built from other sources and is not used; reinstall: pip install -e .",
-            stacklevel=2,
-        )
     return None
 
 
@@ -51,9 +52,9 @@ def library() -> ctypes.CDLL | None:
 
 
 def build() -> str | None:
-    """Which instructions they were built for, "AVX-512" or "AVX2"; None where there are none."""
+    """Which instructions they were built for, "AMX", "AVX-512" or "AVX2"; None where there are none."""
     found = _found()
-    return None if found is None else {"_v4": "AVX-512", "_v3": "AVX2"}[found[0]]
+    return None if found is None else {"_amx": "AMX", "_v4": "AVX-512", "_v3": "AVX2"}[found[0]]
 
 
 class Linear(ctypes.Structure):
@@ -64,7 +65,7 @@ class Linear(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("inputs", ctypes.c_int32),
         ("outputs", ctypes.c_int32),
-        ("half", ctypes.c_int32),
+        ("stored", ctypes.c_int32),
     ]
 
 
@@ -78,11 +79,32 @@ class _Perceptron(ctypes.Structure):
     ]
 
 
+FLOAT32, FLOAT16, TILED = range(3)
+"""How weights are stored, as in linear.h."""
+
+TILE_OUTPUTS, TILE_INPUTS = 16, 32
+"""Of a tile of weights, see tiles.h; a panel has two of them side by side."""
+
+
+def tiles(weight: Tensor) -> Tensor:
+    """Weights (outputs, K) as tiles.h reads them, zeros behind the last of both: (panels, blocks of K, 2, 16, 16, 2)."""
+    rows, columns = -weight.shape[0] % (2 * TILE_OUTPUTS), -weight.shape[1] % TILE_INPUTS
+    return rearrange(
+        F.pad(weight.detach(), (0, columns, 0, rows)).bfloat16(),
+        "(n half o) (b pair two) -> n b half pair o two",
+        half=2,
+        o=TILE_OUTPUTS,
+        pair=TILE_INPUTS // 2,
+        two=2,
+    )
+
+
 class Weights:
     """Weights laid out for the kernels, kept for the structures of pointers that point to them."""
 
     def __init__(self, kernels: ctypes.CDLL) -> None:
         self.panel = int(kernels.worldmodel_panel())
+        self.tiled = bool(kernels.worldmodel_tiled())
         self._kept: list[Any] = []
 
     def pointer(self, tensor: Tensor) -> int:
@@ -104,17 +126,23 @@ class Weights:
         return rearrange(self.padded(weight.mT), "... k (n panel) -> n ... k panel", panel=self.panel)
 
     def linear(self, weight: Tensor | None, bias: Tensor | None) -> Linear:
-        """A linear map (outputs, K) and its bias, in float16 where that represents it; of none, the map without inputs."""
+        """A linear map (outputs, K) and its bias; of none, the map without inputs.
+
+        Stored as narrow as represents it: bfloat16 for the matrix unit, float16, or float32.
+        """
         if weight is None:
             return Linear()
-        half = torch.equal(weight.half().float(), weight)
-        panels = self.panels(weight)
+        stored, laid_out = FLOAT32, self.panels(weight)
+        if self.tiled and torch.equal(weight.bfloat16().float(), weight):
+            stored, laid_out = TILED, tiles(weight)
+        elif torch.equal(weight.half().float(), weight):
+            stored, laid_out = FLOAT16, laid_out.half()
         return Linear(
-            self.pointer(panels.half() if half else panels),
+            self.pointer(laid_out),
             None if bias is None else self.pointer(self.padded(bias)),
             weight.shape[1],
             weight.shape[0],
-            half,
+            stored,
         )
 
 

@@ -215,4 +215,13 @@ void worldmodel_density(const Density *f)
 /* ---- what this library is ---------------------------------------------------------------------------------------------------- */
 /* Columns of a panel of packed weights, and the version of this interface: see worldmodel/native/__init__.py. */
 int worldmodel_panel(void) { return PANEL; }
-int worldmodel_interface(void) { return 1; }
+int worldmodel_interface(void) { return 2; }
+
+/* Whether this processor and system let it run, and whether it multiplies TILED weights. */
+#if defined(__AMX_TILE__)
+int worldmodel_usable(void) { return tiles_usable(); }
+int worldmodel_tiled(void) { return 1; }
+#else
+int worldmodel_usable(void) { return 1; }
+int worldmodel_tiled(void) { return 0; }
+#endif

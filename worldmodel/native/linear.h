@@ -2,14 +2,19 @@
 #ifndef WORLDMODEL_LINEAR_H
 #define WORLDMODEL_LINEAR_H
 
+#include "tiles.h"
 #include "vector.h"
 
+/* How weights are stored: TILED are bfloat16 as tiles.h reads them. */
+enum { FLOAT32, FLOAT16, TILED };
+
 /* A linear map from `inputs` to `outputs`. Weights lie in panels of PANEL outputs, zeros behind the last:
- * (panels, inputs, PANEL), float16 where `half`, else float32. bias (panels * PANEL) or NULL. */
+ * (panels, inputs, PANEL), or TILED with zeros behind the last input (panels, inputs / 32, 2, 16, 16, 2): of each block
+ * of inputs two halves of the panel, of each 16 pairs of inputs, of each 16 outputs. bias (panels * PANEL) or NULL. */
 typedef struct {
     const void *weight;
     const float *bias;
-    int32_t inputs, outputs, half;
+    int32_t inputs, outputs, stored;
 } Linear;
 
 enum { PLAIN, GELU, SILU, ADD };
@@ -54,7 +59,7 @@ INLINE void tile(int rows, int panels, int half, const Linear *map, int panel, c
     static __attribute__((noinline, unused)) void tile_##ROWS##_##PANELS(                                            \
         const Linear *map, int panel, const float *x, ptrdiff_t ldx, float *y, ptrdiff_t ldy, int add)               \
     {                                                                                                                \
-        if (map->half) tile(ROWS, PANELS, 1, map, panel, x, ldx, y, ldy, add);                                       \
+        if (map->stored == FLOAT16) tile(ROWS, PANELS, 1, map, panel, x, ldx, y, ldy, add);                                       \
         else tile(ROWS, PANELS, 0, map, panel, x, ldx, y, ldy, add);                                                 \
     }
 TILES(1, 2)
@@ -94,13 +99,68 @@ static void activate_rows(int rows, int columns, float *y, ptrdiff_t ldy, int ki
 
 enum { FEW_ROWS = 3, MANY_ROWS = 32, MOST_INPUTS = 2048 };
 
+#if defined(__AMX_TILE__)
+/* `rows` of a panel of products c on their way to y. */
+INLINE void emit_rows(const float *c, int rows, const float *bias, float *y, ptrdiff_t ldy, int kind)
+{
+    for (; rows; rows--, c += PANEL, y += ldy)
+        UNROLL for (int i = 0; i < PANEL; i += LANES) {
+            vec v = load(c + i);
+            if (bias) v += load(bias + i);
+            if (kind == GELU) v = gelu(v);
+            if (kind == SILU) v = silu(v);
+            if (kind == ADD) v += load(y + i);
+            store(y + i, v);
+        }
+}
+
+/* As `linear`, of a TILED map. */
+static __attribute__((noinline, unused)) void linear_tiled(const Linear *map, int rows, const float *x, ptrdiff_t ldx,
+                                                           float *y, ptrdiff_t ldy, int kind)
+{
+    const int panels = padded(map->outputs) / PANEL, blocks = (map->inputs + BLOCK - 1) / BLOCK;
+    const int most = rows < TILED_ROWS ? rows : TILED_ROWS, few = rows <= 16;
+    const ptrdiff_t size = (ptrdiff_t)blocks * 2 * TILE, group = (ptrdiff_t)blocks * SLICES * TILE;
+    uint16_t a[(most + 31) / 32 * 2 * group] __attribute__((aligned(64)));
+    float c[2 * 32 * PANEL] __attribute__((aligned(64)));
+    if (few) tiles_shape(rows);
+    for (int some; rows > 0; rows -= some, x += some * ldx, y += some * ldy) {
+        some = rows < TILED_ROWS ? rows : TILED_ROWS;
+        slices(x, ldx, some, map->inputs, a);
+        for (int panel = 0, wide; panel < panels; panel += wide) {
+            const uint16_t *weight = (const uint16_t *)map->weight + panel * size;
+            const float *bias = map->bias ? map->bias + panel * PANEL : NULL;
+            float *to = y + panel * PANEL;
+            wide = few && panel + 2 <= panels ? 2 : 1;
+            if (wide == 2) {
+                tile_few(a, weight, blocks, c, c + 32 * PANEL);
+                emit_rows(c, some, bias, to, ldy, kind);
+                emit_rows(c + 32 * PANEL, some, bias ? bias + PANEL : NULL, to + PANEL, ldy, kind);
+                continue;
+            }
+            for (int row = 0; row < some; row += 32, to += 32 * ldy) {
+                tile_pair(a + row / 16 * group, group, weight, blocks, c);
+                emit_rows(c, some - row < 32 ? some - row : 32, bias, to, ldy, kind);
+            }
+        }
+    }
+    if (few) tiles_shape(16);
+}
+#endif
+
 /* y (rows, padded outputs) from x (rows, inputs); leading dimensions ldx, ldy. `kind`: what is done to it on its way. */
 static __attribute__((noinline, unused)) void linear(const Linear *map, int rows, const float *x, ptrdiff_t ldx, float *y,
                                                      ptrdiff_t ldy, int kind)
 {
+#if defined(__AMX_TILE__)
+    if (map->stored == TILED) {
+        linear_tiled(map, rows, x, ldx, y, ldy, kind);
+        return;
+    }
+#endif
     const int panels = padded(map->outputs) / PANEL, size = map->inputs * PANEL;
     /* A panel of halves is worth converting once, on the stack, for many rows. */
-    const int convert = map->half && rows >= MANY_ROWS && map->inputs <= MOST_INPUTS;
+    const int convert = map->stored == FLOAT16 && rows >= MANY_ROWS && map->inputs <= MOST_INPUTS;
     float converted[convert ? size : 1] __attribute__((aligned(64)));
     for (int panel = 0, wide; panel < panels; panel += wide) {
         /* Few rows are bound by reading weights: two panels at a time keep enough sums under way. */
@@ -110,7 +170,7 @@ static __attribute__((noinline, unused)) void linear(const Linear *map, int rows
         if (convert) {
             const uint16_t *half = (const uint16_t *)map->weight + (ptrdiff_t)panel * size;
             for (int i = 0; i < size; i += LANES) store(converted + i, load_half(half + i));
-            one = (Linear){converted, map->bias ? map->bias + panel * PANEL : NULL, map->inputs, PANEL, 0};
+            one = (Linear){converted, map->bias ? map->bias + panel * PANEL : NULL, map->inputs, PANEL, FLOAT32};
             column = 0;
         }
         const float *from = x;

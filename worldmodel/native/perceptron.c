@@ -20,11 +20,14 @@ int worldmodel_perceptron(const Perceptron *p)
     if (!memory) return 1;
     float *into = memory, *other = memory + (ptrdiff_t)widest * p->rows;
     const float *from = p->x;
+    Tiles before;
+    tiles_begin(&before);
     ptrdiff_t ld = p->map->inputs;
     for (int i = 0; i < p->maps; i++) {
         linear(p->map + i, p->rows, from, ld, into, widest, i < p->maps - 1 ? SILU : PLAIN);
         from = into, into = other, other = (float *)from, ld = widest;
     }
+    tiles_end(&before);
     const int outputs = p->map[p->maps - 1].outputs;
     for (int row = 0; row < p->rows; row++)
         for (int j = 0; j < outputs; j++) p->y[row * outputs + j] = from[row * (ptrdiff_t)widest + j];

@@ -5,6 +5,8 @@
 #include <pthread.h>
 #include <stdlib.h>
 
+#include "tiles.h"
+
 /* Does rows begin .. begin + rows - 1 of a job; nonzero where memory is lacking. */
 typedef int (*Part)(const void *job, int begin, int rows);
 
@@ -17,12 +19,16 @@ typedef struct {
 static void *work_on(void *argument)
 {
     Shared *shared = argument;
+    Tiles before;
+    tiles_begin(&before);
     for (;;) {
         int begin = __atomic_fetch_add(&shared->next, shared->step, __ATOMIC_RELAXED);
-        if (begin >= shared->rows) return NULL;
+        if (begin >= shared->rows) break;
         int rows = shared->rows - begin < shared->step ? shared->rows - begin : shared->step;
         if (shared->part(shared->job, begin, rows)) __atomic_store_n(&shared->failed, 1, __ATOMIC_RELAXED);
     }
+    tiles_end(&before);
+    return NULL;
 }
 
 /* All rows of a job on up to so many threads, at least `least` rows each, at most `most` at a time. */

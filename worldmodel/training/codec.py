@@ -27,7 +27,7 @@ from worldmodel.codec.conv import (
     ConvCodecConfig,
     fast_layout,
     load_codec,
-    round_to_half,
+    round_weights,
     save_codec,
 )
 from worldmodel.errors import ConfigError, DataError
@@ -359,7 +359,7 @@ def train_codec(
     run = Run(stage, config.loop, folder)
     run.fit("codec")
     codec = stage.codec.requires_grad_(False).eval()
-    round_to_half(codec)
+    round_weights(codec)
     standardise(stage)
     save_codec(folder / "codec.safetensors", codec)
     shipped = load_codec(folder / "codec.safetensors", model)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from worldmodel.checkpoint import WorldSpec, half_precision, write_world
+from worldmodel.checkpoint import WorldSpec, half_precision, narrowed, write_world
 from worldmodel.condition.actions import ActionEncoderConfig
 from worldmodel.condition.spaces import packed_size, space_to_json
 from worldmodel.errors import ConfigError
@@ -149,7 +149,7 @@ def export_world(
         quality={"codec": report["test"]},
     )
     starts = bank_of_starts(dataset, recipe.starts, recipe.start_chunks, recipe.collect.seed)
-    tensors = {"flow": half_precision(parts), "codec": half_precision(codec), "heads": half_precision(heads)}
+    tensors = {"flow": narrowed(parts), "codec": half_precision(codec), "heads": half_precision(heads)}
     write_world(out, spec, tensors, starts, model_card(spec))
 
 

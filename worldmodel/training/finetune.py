@@ -21,7 +21,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from worldmodel.checkpoint import WorldFiles, half_precision, read_world, write_world
+from worldmodel.checkpoint import WorldFiles, half_precision, narrowed, read_world, write_world
 from worldmodel.codec.base import Codec
 from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
 from worldmodel.condition.spaces import packed_size, space_to_json
@@ -337,7 +337,7 @@ def _export(
     space = space_to_json(dataset.action_space) if acts else files.spec.action_space_json
     same = encoder.packed == files.spec.actions.packed
     half = files.spec.dtype == "bfloat16"  # is stored as it is
-    tensors = dict(files.tensors) | {"flow": parts.state_dict() if half else half_precision(parts)}
+    tensors = dict(files.tensors) | {"flow": parts.state_dict() if half else narrowed(parts)}
     heads = files.spec.heads
     if train.rewards.any() or train.terminated.any() or (heads is not None and not same):
         old = old_heads if same else None
