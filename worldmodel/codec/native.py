@@ -139,10 +139,14 @@ class NativeDecoder:
 
     def _convolution(self, conv: nn.Conv2d, pixels: int, order: Tensor | slice = slice(None)) -> _Convolution:
         """With its outputs in another order; ``pixels``: of a picture."""
-        side, w = 4 if pixels >= LARGE else 2, self._weights
-        panels = w.pointer(w.panels(winograd_weights(conv.weight[order], side)))
+        w, weight = self._weights, conv.weight[order]
         bias = w.pointer(w.padded(conv.get_parameter("bias")[order]))
-        return _Convolution(panels, bias, conv.in_channels, conv.out_channels, side)
+        if w.tiles_fit(weight):
+            side, laid_out = 0, native.tiles(rearrange(weight, "o k i j -> (i j) o k")).transpose(0, 1)
+        else:
+            side = 4 if pixels >= LARGE else 2
+            laid_out = w.panels(winograd_weights(weight, side))
+        return _Convolution(w.pointer(laid_out), bias, conv.in_channels, conv.out_channels, side)
 
     def _residual(self, block: ResidualParts, pixels: int) -> _Residual:
         w = self._weights

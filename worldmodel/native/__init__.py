@@ -87,11 +87,13 @@ TILE_OUTPUTS, TILE_INPUTS = 16, 32
 
 
 def tiles(weight: Tensor) -> Tensor:
-    """Weights (outputs, K) as tiles.h reads them, zeros behind the last of both: (panels, blocks of K, 2, 16, 16, 2)."""
-    rows, columns = -weight.shape[0] % (2 * TILE_OUTPUTS), -weight.shape[1] % TILE_INPUTS
+    """Weights (..., outputs, K) as tiles.h reads them, zeros behind the last of both: (..., panels, blocks of K, 2, 16,
+    16, 2).
+    """
+    rows, columns = -weight.shape[-2] % (2 * TILE_OUTPUTS), -weight.shape[-1] % TILE_INPUTS
     return rearrange(
         F.pad(weight.detach(), (0, columns, 0, rows)).bfloat16(),
-        "(n half o) (b pair two) -> n b half pair o two",
+        "... (n half o) (b pair two) -> ... n b half pair o two",
         half=2,
         o=TILE_OUTPUTS,
         pair=TILE_INPUTS // 2,
@@ -125,6 +127,10 @@ class Weights:
         """(..., outputs, K) to (panels, ..., K, panel)."""
         return rearrange(self.padded(weight.mT), "... k (n panel) -> n ... k panel", panel=self.panel)
 
+    def tiles_fit(self, weight: Tensor) -> bool:
+        """Whether the kernels multiply by tiles of these weights: bfloat16 numbers, where there is a matrix unit."""
+        return self.tiled and torch.equal(weight.bfloat16().float(), weight)
+
     def linear(self, weight: Tensor | None, bias: Tensor | None) -> Linear:
         """A linear map (outputs, K) and its bias; of none, the map without inputs.
 
@@ -133,7 +139,7 @@ class Weights:
         if weight is None:
             return Linear()
         stored, laid_out = FLOAT32, self.panels(weight)
-        if self.tiled and torch.equal(weight.bfloat16().float(), weight):
+        if self.tiles_fit(weight):
             stored, laid_out = TILED, tiles(weight)
         elif torch.equal(weight.half().float(), weight):
             stored, laid_out = FLOAT16, laid_out.half()

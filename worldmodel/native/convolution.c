@@ -2,7 +2,7 @@
  *
  * Pictures lie channels last, channels padded with zeros to a multiple of PANEL. 3x3 convolutions are
  * Winograd's: F(2x2, 3x3) makes a tile of 2x2 pixels from 16 products in place of 36, F(4x4, 3x3) one of 4x4
- * from 36 in place of 144; a product's rows are all tiles. A picture's result is the same, bit for bit,
+ * from 36 in place of 144; a product's rows are all tiles. A matrix unit is faster still without. A picture's result is the same, bit for bit,
  * whatever pictures are decoded beside it. */
 #include <stdlib.h>
 #include <string.h>
@@ -18,9 +18,11 @@
 #define LEVELS 8
 
 /* A 3x3 convolution with zeros around the picture, by F(side x side, 3x3), side 2 or 4: weights G g G^T,
- * zeros behind the last output, (panels, (side + 2)^2, inputs, PANEL); bias (panels * PANEL). */
+ * zeros behind the last output, (panels, (side + 2)^2, inputs, PANEL); bias (panels * PANEL). Side 0: on the
+ * matrix unit, weights (panels, 9) of what a TILED linear map has of a panel. */
 typedef struct {
-    const float *weight, *bias;
+    const void *weight;
+    const float *bias;
     int32_t inputs, outputs, side;
 } Convolution;
 
@@ -75,6 +77,9 @@ typedef struct {
 } Background;
 
 enum { PIXELS = ADD + 1 };
+
+/* Pixels behind the last that `convolve_tiled` reads, of rows of so many. */
+#define SPARE(WIDTH) (2 * (WIDTH) + 2 + 32)
 
 /* Pixels of whole tiles, of either side, that cover n. */
 INLINE int whole(int n) { return (n + 3) / 4 * 4; }
@@ -203,7 +208,7 @@ INLINE void winograd(int side, int kind, const Convolution *map, const Pictures 
     spread(side, x, work, step);
     for (int panel = 0; panel < padded(map->outputs) / PANEL; panel++) {
         for (int k = 0; k < points; k++) {
-            const float *weight = map->weight + (panel * points + k) * size;
+            const float *weight = (const float *)map->weight + (panel * points + k) * size;
             const Linear point = {.weight = weight, .inputs = map->inputs, .outputs = PANEL};
             linear(&point, rows, work + k * step, x->pixel, m + k * result, PANEL, PLAIN);
         }
@@ -211,10 +216,57 @@ INLINE void winograd(int side, int kind, const Convolution *map, const Pictures 
     }
 }
 
+#if defined(__AMX_TILE__)
+/* Slices of an activation: two leave an error of 2^-18 of it, as much as Winograd's sums lose. */
+enum { CONVOLVED = 2 };
+
+/* As `winograd`. Pictures with their zeros are one row of pixels, in which each of the nine weights meets a
+ * pixel at a constant distance; what comes out where zeros were is dropped. */
+INLINE void convolve_tiled(int kind, const Convolution *map, const Pictures *x, const Pictures *y, Background under,
+                           float *work)
+{
+    const int blocks = x->pixel / BLOCK, width = x->row / x->pixel, panels = padded(map->outputs) / PANEL;
+    const int all = x->count * (x->picture / x->pixel), last = (x->h - 1) * width + x->w;
+    const ptrdiff_t step = (ptrdiff_t)(all + SPARE(width)) * BLOCK; /* a slice of a block of all pixels */
+    const float *from = x->data - x->row - x->pixel;
+    uint16_t *const a = (uint16_t *)work;
+    float c[32 * PANEL] __attribute__((aligned(64)));
+    for (int i = 0; i < all; i++)
+        for (int b = 0; b < blocks; b++, from += BLOCK) {
+            vec v[2] = {load(from), load(from + LANES)};
+            uint16_t *to = a + b * CONVOLVED * step + (ptrdiff_t)i * BLOCK;
+            UNROLL for (int s = 0; s < CONVOLVED; s++) _mm512_store_si512(to + s * step, slice(v));
+        }
+    for (int panel = 0; panel < panels; panel++) {
+        const uint16_t *weight = (const uint16_t *)map->weight + (ptrdiff_t)panel * 9 * blocks * 2 * TILE;
+        const float *bias = map->bias + panel * PANEL;
+        for (int p = 0; p < x->count; p++)
+            for (int begin = 0; begin < last; begin += 32) {
+                sums_zero();
+                for (int k = 0; k < 9; k++)
+                    sums_add(CONVOLVED,
+                             a + (p * (x->picture / x->pixel) + begin + k / 3 * width + k % 3) * (ptrdiff_t)BLOCK,
+                             step, 16 * BLOCK, weight + (ptrdiff_t)k * blocks * 2 * TILE, blocks);
+                sums_store(c);
+                for (int r = 0, i = begin / width, j = begin % width; r < 32 && i < x->h; r++, j++) {
+                    if (j == width) i++, j = 0;
+                    if (i >= x->h || j >= x->w) continue;
+                    for (int o = 0; o < PANEL; o += LANES)
+                        emit(kind, y, p, i, j, panel * PANEL + o, load(c + r * PANEL + o) + load(bias + o), under);
+                }
+            }
+    }
+}
+#define CONVOLVE_TILED(KIND) if (map->side == 0) convolve_tiled(KIND, map, x, y, under, work); else
+#else
+#define CONVOLVE_TILED(KIND)
+#endif
+
 #define CONVOLVE(NAME, KIND)                                                                          \
     static void NAME(const Convolution *map, const Pictures *x, const Pictures *y, Background under,  \
                      float *work)                                                                     \
     {                                                                                                 \
+        CONVOLVE_TILED(KIND)                                                                          \
         if (map->side == 4) winograd(4, KIND, map, x, y, under, work);                                \
         else winograd(2, KIND, map, x, y, under, work);                                               \
     }
@@ -226,6 +278,7 @@ CONVOLVE(convolve_pixels, PIXELS)
 /* Floats that these work in. */
 static ptrdiff_t work_size(const Convolution *map, const Pictures *x)
 {
+    if (map->side == 0) return x->count * x->picture + SPARE(x->row / x->pixel) * x->pixel;
     const ptrdiff_t rows = x->count * tiles(map->side, x->h, x->w);
     const int points = (map->side + 2) * (map->side + 2);
     return points * (rows * (x->pixel + PANEL) + 2 * LANES);

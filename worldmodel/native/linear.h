@@ -139,7 +139,9 @@ static __attribute__((noinline, unused)) void linear_tiled(const Linear *map, in
                 continue;
             }
             for (int row = 0; row < some; row += 32, to += 32 * ldy) {
-                tile_pair(a + row / 16 * group, group, weight, blocks, c);
+                sums_zero();
+                sums_add(SLICES, a + row / 16 * group, TILE, group, weight, blocks);
+                sums_store(c);
                 emit_rows(c, some - row < 32 ? some - row : 32, bias, to, ldy, kind);
             }
         }

@@ -89,26 +89,36 @@ INLINE void slices(const float *x, ptrdiff_t ldx, int rows, int inputs, uint16_t
         }
 }
 
-/* 32 rows' slices times a panel of weights (blocks, 2, TILE) to c (32, 2 * 16); those of the second 16 rows lie `second`
- * further. */
-INLINE void tile_pair(const uint16_t *a, ptrdiff_t second, const uint16_t *weight, int blocks, float *c)
+/* Sums of 32 rows and a panel of outputs: tiles 0 to 3. */
+INLINE void sums_zero(void)
 {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int b = 0; b < blocks; b++, a += SLICES * TILE, weight += 2 * TILE) {
+}
+
+/* Adds the products of `count` slices, each `step` behind the other, of 32 rows, of which the second 16 lie `second`
+ * further, with blocks of a panel's weights (blocks, 2, TILE). */
+INLINE void sums_add(int count, const uint16_t *a, ptrdiff_t step, ptrdiff_t second, const uint16_t *weight, int blocks)
+{
+    for (int b = 0; b < blocks; b++, a += count * step, weight += 2 * TILE) {
         _tile_loadd(6, weight, 64);
         _tile_loadd(7, weight + TILE, 64);
-        for (int s = SLICES - 1; s >= 0; s--) {
-            _tile_loadd(4, a + s * TILE, 64);
+        UNROLL for (int s = count - 1; s >= 0; s--) {
+            _tile_loadd(4, a + s * step, 64);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, a + second + s * TILE, 64);
+            _tile_loadd(5, a + s * step + second, 64);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
     }
+}
+
+/* To c (32, PANEL). */
+INLINE void sums_store(float *c)
+{
     _tile_stored(0, c, 4 * PANEL);
     _tile_stored(1, c + 16, 4 * PANEL);
     _tile_stored(2, c + 16 * PANEL, 4 * PANEL);
@@ -119,10 +129,7 @@ INLINE void tile_pair(const uint16_t *a, ptrdiff_t second, const uint16_t *weigh
 INLINE void tile_few(const uint16_t *a, const uint16_t *weight, int blocks, float *c, float *d)
 {
     const uint16_t *other = weight + (ptrdiff_t)blocks * 2 * TILE;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    sums_zero();
     for (int b = 0; b < blocks; b++, a += SLICES * TILE, weight += 2 * TILE, other += 2 * TILE) {
         _tile_loadd(6, weight, 64);
         _tile_loadd(7, weight + TILE, 64);
