@@ -5,10 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Likelihood(NamedTuple):
+    """The exact density of a committed frame; the fields of `Chunk` with these names."""
+
+    log_prob: Tensor
+    guided_log_prob: Tensor | None
+    action_gain: Tensor
+    log_prob_map: Tensor
+    noise: Tensor
+    context_frames: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class Score:
     log_prob_map: Tensor
 
     @staticmethod
-    def over(draws: Sequence[Chunk]) -> Score:
+    def over(draws: Sequence[Likelihood]) -> Score:
         """The same chunk committed under several draws of the added noise, averaged."""
         log_prob = torch.stack([c.log_prob for c in draws])
         rate = -log_prob.mean(0)

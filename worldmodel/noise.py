@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,6 +40,17 @@ def child_branch(branch: int, forks: int, child: int) -> int:
     return (x ^ (x >> 31)) & (_MASK >> 1)
 
 
+class _Philox(threading.local):
+    """A thread's generator, and what its state is set to."""
+
+    def __init__(self) -> None:
+        bits = np.random.Philox(key=np.zeros(2, dtype=np.uint64))
+        self.generator, self.state = np.random.Generator(bits), bits.state
+
+
+_PHILOX = _Philox()
+
+
 def normal(
     seeds: Tensor, branches: Tensor, steps: Tensor, stream: int, shape: tuple[int, ...], draw: int = 0
 ) -> Tensor:
@@ -47,12 +59,8 @@ def normal(
     Philox 4x64 (Salmon et al., SC 2011) keyed by (seed, branch); the counter holds step, stream and draw.
     """
     noise = np.empty((len(seeds), *shape), dtype=np.float32)
-    bits = np.random.Philox(key=np.zeros(2, dtype=np.uint64))
-    generator, state = (
-        np.random.Generator(bits),
-        bits.state,
-    )  # one generator, set anew for each row: a third of the time
-    key, counter = state["state"]["key"], state["state"]["counter"]
+    generator, state = _PHILOX.generator, _PHILOX.state  # one, set anew for each row: a third of the time
+    bits, key, counter = generator.bit_generator, state["state"]["key"], state["state"]["counter"]
     counter[:] = 0, 0, stream, draw
     for row, (seed, branch, step) in enumerate(
         zip(seeds.tolist(), branches.tolist(), steps.tolist(), strict=True)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldmodel.chunk import Chunk, Score, actions_at
+from worldmodel.chunk import Chunk, Likelihood, Score, actions_at
 from worldmodel.codec.base import CodecState
 from worldmodel.condition.spaces import pack_actions, prompt_key, prompts_of
 from worldmodel.denoising import clean_frame
@@ -26,7 +26,7 @@ from worldmodel.flow.context import Context
 from worldmodel.flow.deep import Committed
 from worldmodel.flow.native import density
 from worldmodel.flow.window import make_room
-from worldmodel.heads import Ahead
+from worldmodel.heads import Ahead, Outcome
 from worldmodel.invariance import with_rows
 from worldmodel.noise import OBSERVE, SAMPLE, SCORE, normal, seed_tensor
 from worldmodel.parts import WorldParts
@@ -203,11 +203,11 @@ class WorldModel(WorldParts):
             sampling.tolerance,
             want_unconditional=features is not None and action_gain,
         )
-        after, chunk = self._advance(
+        after, likelihood = self._advance(
             state, context, made.context, made.x, made.u, made.log_det, made.terms, features
         )
         if not action_gain:
-            chunk = replace(chunk, action_gain=torch.full_like(chunk.log_prob, math.nan))
+            likelihood = likelihood._replace(action_gain=torch.full_like(likelihood.log_prob, math.nan))
         clean, kept = clean_frame(self.flow, self.grid, after)
         latent = self.flow.latents(clean, self.grid)[:, 0]
         codec = state.codec
@@ -216,9 +216,16 @@ class WorldModel(WorldParts):
             frames, codec = self.codec.decode(latent[:, None], codec)
             if codec:  # a codec that remembers: its encoder has to see what was imagined
                 _, codec = self.codec.encode(frames, codec)
-        after, chunk = self._judged(after, chunk, latent, packed, frames)
-        chunk = replace(chunk, frames=frames, sweeps=made.sweeps, residual=made.residual)
-        return replace(after, latent=latent, codec=codec, denoiser=kept), chunk
+        seen, outcome = self._judged(state, latent, packed, frames)
+        chunk = Chunk(
+            frames=frames,
+            latent=latent,
+            sweeps=made.sweeps,
+            residual=made.residual,
+            **outcome._asdict(),
+            **likelihood._asdict(),
+        )
+        return replace(after, latent=latent, codec=codec, denoiser=kept, seen=seen), chunk
 
     @torch.no_grad()
     def observe(
@@ -237,12 +244,19 @@ class WorldModel(WorldParts):
         noise = normal(state.seeds, state.branches, state.steps, OBSERVE, self.latent_shape)
         x = self.flow.tokens((latent + self.flow.config.noise_std * noise.to(self.device))[:, None])
         context = self._room(state, self.spec.sampling)
-        after, chunk = self._commit(state, context, x, features)
+        after, likelihood = self._commit(state, context, x, features)
         if codec:  # and its decoder what was observed
             _, codec = self.codec.decode(latent[:, None], codec)
-        after, chunk = self._judged(after, chunk, latent, packed, pixels)
-        after = replace(after, latent=latent, codec=codec, denoiser=None)
-        return after, replace(chunk, frames=pixels)
+        seen, outcome = self._judged(state, latent, packed, pixels)
+        chunk = Chunk(
+            frames=pixels,
+            latent=latent,
+            sweeps=torch.zeros(state.rows, dtype=torch.int64),
+            residual=torch.zeros(state.rows),
+            **outcome._asdict(),
+            **likelihood._asdict(),
+        )
+        return replace(after, latent=latent, codec=codec, denoiser=None, seen=seen), chunk
 
     @torch.no_grad()
     def score(
@@ -283,9 +297,9 @@ class WorldModel(WorldParts):
                 drawn = normal(state.seeds, state.branches, state.steps, stream, self.latent_shape, draw)
             x = self.flow.tokens((latent + self.flow.config.noise_std * drawn.to(self.device))[:, None])
             reserved = self.flow.deep.reserve(context)
-            _, chunk = self._commit(state, reserved, x, features)
+            _, likelihood = self._commit(state, reserved, x, features)
             self.flow.deep.release(reserved)
-            results.append(chunk)
+            results.append(likelihood)
         return Score.over(results)
 
     def infer_noise(self, state: WorldState, frames: np.ndarray | Tensor, action: Any = None) -> Tensor:
@@ -378,20 +392,17 @@ class WorldModel(WorldParts):
         return torch.zeros(rows, self.heads.config.seen, device=self.device)
 
     def _judged(
-        self, after: WorldState, chunk: Chunk, latent: Tensor, packed: Tensor, frames: Tensor
-    ) -> tuple[WorldState, Chunk]:
-        """The chunk with its clean latent, and with reward and termination where the world has heads.
+        self, before: WorldState, latent: Tensor, packed: Tensor, frames: Tensor
+    ) -> tuple[Tensor | None, Outcome]:
+        """What the heads have seen after a chunk with this clean latent, its reward and termination; zeros without heads.
 
-        ``after``: the state behind the chunk, but for what the heads have seen and the latent, which is the one before.
+        ``before``: a state with what they had seen before it, and the latent before it.
         """
-        chunk = replace(chunk, latent=latent)
         if self.heads is None:
-            return after, chunk
-        seen = self.heads.see(after.seen, latent, frames, packed, self.codec)
-        outcome = self.heads(after.latent, latent if seen is None else seen, packed)
-        return replace(after, seen=seen), replace(
-            chunk, reward=outcome.reward, termination=outcome.termination
-        )
+            return before.seen, Outcome(torch.zeros(before.rows), torch.zeros(before.rows))
+        seen = self.heads.see(before.seen, latent, frames, packed, self.codec)
+        outcome: Outcome = self.heads(before.latent, latent if seen is None else seen, packed)
+        return seen, outcome
 
     def _told(self, state: WorldState, action: Any, guidance: float = 0.0) -> WorldState:
         """The sessions under the prompts of ``action``, and with a past under the empty one where guidance asks for it."""
@@ -417,7 +428,7 @@ class WorldModel(WorldParts):
 
     def _commit(
         self, state: WorldState, context: Context, x: Tensor, features: Tensor | None
-    ) -> tuple[WorldState, Chunk]:
+    ) -> tuple[WorldState, Likelihood]:
         """Real noisy tokens x (B, 1, N, D) to the next state and exact terms; ``context`` is reserved."""
         u, log_det = self.flow.shallow_forward(x, self.grid)
         after, terms = self.flow.deep.commit(context, u, features, want_unconditional=features is not None)
@@ -433,8 +444,8 @@ class WorldModel(WorldParts):
         log_det: Tensor,
         terms: Committed,
         features: Tensor | None,
-    ) -> tuple[WorldState, Chunk]:
-        """The next state and the exact density of a committed frame, imagined or real; ``context`` is the one before."""
+    ) -> tuple[WorldState, Likelihood]:
+        """The next state, but for what comes of the clean frame, and the exact density of a committed frame, imagined or real; ``context`` is the one before."""
         z, elements, nats = density(u, terms.maps, log_det)
         log_prob = nats[0]
         if not math.isfinite(sum(log_prob.tolist())):
@@ -442,31 +453,18 @@ class WorldModel(WorldParts):
                 "the model returned a likelihood that is not finite; the state is unchanged"
             )
         unconditional = nats[1] if len(nats) > 1 else None
-        rows = state.rows
-        chunk = Chunk(
-            frames=torch.empty(0, dtype=torch.uint8),
-            latent=torch.zeros(rows, *self.latent_shape),
-            log_prob=log_prob,
-            guided_log_prob=nats[2] if len(nats) > 2 else None,
-            action_gain=torch.zeros_like(log_prob)
+        likelihood = Likelihood(
+            log_prob,
+            nats[2] if len(nats) > 2 else None,
+            torch.zeros_like(log_prob)
             if unconditional is None or (features is None and context.uncond is None)
             else log_prob - unconditional,
-            log_prob_map=self.flow.latents(elements, self.grid)[:, 0].sum(1),
-            noise=self.flow.latents(z, self.grid)[:, 0],
-            reward=torch.zeros(rows),
-            termination=torch.zeros(rows),
-            sweeps=torch.zeros(rows, dtype=torch.int64),
-            residual=torch.zeros(rows),
-            context_frames=torch.tensor(context.frames, dtype=torch.int64),
+            self.flow.latents(elements, self.grid)[:, 0].sum(1),
+            self.flow.latents(z, self.grid)[:, 0],
+            torch.from_numpy(np.array(context.frames)),
         )
         history = torch.cat((state.noisy, x), dim=1)[:, -state.noisy.shape[1] :]
-        return (
-            replace(
-                state,
-                context=after,
-                noisy=history,
-                steps=state.steps + 1,
-                log_prob=state.log_prob + log_prob,
-            ),
-            chunk,
+        state = replace(
+            state, context=after, noisy=history, steps=state.steps + 1, log_prob=state.log_prob + log_prob
         )
+        return state, likelihood
