@@ -15,7 +15,7 @@ from worldmodel.flow.context import Context
 from worldmodel.flow.deep import DeepBlock
 from worldmodel.records import replace
 
-AHEAD = 2
+AHEAD = 3
 """Least number of the next window's frames that are encoded at a time: one by one they would cost more passes."""
 
 
