@@ -352,5 +352,5 @@ def half_precision(module: nn.Module) -> dict[str, Tensor]:
 
 def narrowed(module: nn.Module) -> dict[str, Tensor]:
     """As `half_precision`, matrices rounded as in `narrow`: for the parts that do most of a step's arithmetic."""
-    matrices = {name for name, weight in module.named_parameters() if weight.ndim > 1}
-    return {k: narrow(v).half() if k in matrices else v for k, v in half_precision(module).items()}
+    matrices = {name: narrow(weight).half() for name, weight in module.named_parameters() if weight.ndim > 1}
+    return half_precision(module) | matrices

@@ -445,7 +445,9 @@ class WorldModel(WorldParts):
         terms: Committed,
         features: Tensor | None,
     ) -> tuple[WorldState, Likelihood]:
-        """The next state, but for what comes of the clean frame, and the exact density of a committed frame, imagined or real; ``context`` is the one before."""
+        """The next state, but for what comes of the clean frame, and the exact density of a committed frame, imagined or
+        real; ``context`` is the one before.
+        """
         z, elements, nats = density(u, terms.maps, log_det)
         log_prob = nats[0]
         if not math.isfinite(sum(log_prob.tolist())):

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from worldmodel.flow.cache import Cohort
-from worldmodel.flow.rope import Rotary, rotate
+from worldmodel.flow.rope import Rotary, rotate, rotate_halves
 from worldmodel.packed import Linear
 
 MERGED_RUN = 64
@@ -172,10 +172,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, rotary: Rotary, mask: Tensor | str) -> Tensor:
         """Whole sequences (B, S, D). ``mask`` is "causal", "full", or a boolean (S, S), True = attend."""
-        q, k, v = rearrange(
-            self.qkv(self.norm(x_BSD)), "b s (three h k) -> three b h s k", three=3, h=self.heads
-        )
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        learns = torch.is_grad_enabled() and self.qkv.weight.requires_grad
+        q, k, v = (self.learned_heads if learns else self.plain_heads)(self.norm(x_BSD), rotary)
         causal = isinstance(mask, str) and mask == "causal"
         dense = mask if isinstance(mask, Tensor) else None
         if q.requires_grad and q.device.type == "cpu":
@@ -184,6 +182,24 @@ class Attention(nn.Module):
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=dense, is_causal=causal)
         return self.out.plus(rearrange(out, "b h s k -> b s (h k)"), x_BSD)
+
+    def plain_heads(self, x_BSD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Turned queries and keys, and values, (B, H, S, K)."""
+        q, k, v = rearrange(self.qkv(x_BSD), "b s (three h k) -> three b h s k", three=3, h=self.heads)
+        return rotate(q, rotary), rotate(k, rotary), v
+
+    def learned_heads(self, x_BSD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """As `plain_heads`, with the channels of q and k in the order of `rotate_halves`, in which their products are the
+        same: to lay out weights in each training step costs less than to turn adjacent channels of all tokens.
+        """
+
+        def laid_out(p: Tensor) -> Tensor:
+            pairs = p.unflatten(0, (3, self.heads, -1, 2))
+            return torch.cat((pairs[:2].transpose(2, 3).flatten(0, 3), pairs[2].flatten(0, 2)))
+
+        y = F.linear(x_BSD, laid_out(self.qkv.weight), laid_out(self.qkv.bias))
+        q, k, v = rearrange(y, "b s (three h k) -> three b h s k", three=3, h=self.heads)
+        return rotate_halves(q, rotary), rotate_halves(k, rotary), v
 
     def newest(self, x_BSD: Tensor, turns_SK: Tensor, mask: Tensor, asking: int) -> Tensor:
         """The last ``asking`` tokens, (B, asking, D), after they attended to all of x. Inference only.

@@ -31,6 +31,14 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return (y * rotary.cos + half * rotary.sin).to(x.dtype)
 
 
+def rotate_halves(x: Tensor, rotary: Rotary) -> Tensor:
+    """As `rotate`, of channels of which the first of all pairs come first, then the second of all: that vectorises."""
+    y = x if x.dtype == torch.float64 else x.float()
+    a, b = y.chunk(2, dim=-1)
+    cos, sin = rotary.cos[..., ::2], rotary.sin[..., ::2]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
 def _angles(positions: Tensor, head_dim: int) -> Tensor:
     spatial = head_dim // 2 - TEMPORAL_FREQUENCIES
     powers = torch.arange(spatial // 2, dtype=torch.float64) * (2.0 / max(spatial, 1))
@@ -42,12 +50,11 @@ def _angles(positions: Tensor, head_dim: int) -> Tensor:
     )
 
 
-def _tables(positions: Tensor, head_dim: int, device: torch.device) -> Rotary:
+def _tables(positions: Tensor, head_dim: int, device: torch.device) -> Tensor:
     angles = _angles(positions, head_dim).repeat_interleave(2, dim=-1)
-    return Rotary(angles.cos().float().to(device), angles.sin().float().to(device))
+    return torch.stack((angles.cos(), angles.sin())).float().to(device)
 
 
-@lru_cache(maxsize=256)
 def frame_rotary(
     grid: tuple[int, int], first: int, frames: int, scale: float, head_dim: int, device: torch.device
 ) -> Rotary:
@@ -55,6 +62,14 @@ def frame_rotary(
 
     ``scale`` is ``pt_seq_len``: the row position is ``i / sqrt(h w) * scale``, the third axis the frame index.
     """
+    return Rotary(*_frame_tables(grid, first, frames, scale, head_dim, device).unbind())
+
+
+@torch.compiler.assume_constant_result  # else a compiled training step computes them anew in every layer
+@lru_cache(maxsize=256)
+def _frame_tables(
+    grid: tuple[int, int], first: int, frames: int, scale: float, head_dim: int, device: torch.device
+) -> Tensor:
     height, width = grid
     unit = scale / (height * width) ** 0.5
     third, row, column = torch.meshgrid(
@@ -79,12 +94,17 @@ def frame_turns(
     return turns(frame_rotary(grid, first, frames, scale, head_dim, device))
 
 
-@lru_cache(maxsize=64)
 def text_rotary(length: int, first: int, scale: float, head_dim: int, device: torch.device) -> Rotary:
     """Tables (L, K) for condition tokens: token j of L sits at (0, 0, first + j / L * scale).
 
     ``first`` is the position of the window's oldest frame: 0 unless a rolling window has moved on.
     """
+    return Rotary(*_text_tables(length, first, scale, head_dim, device).unbind())
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=64)
+def _text_tables(length: int, first: int, scale: float, head_dim: int, device: torch.device) -> Tensor:
     third = first + torch.arange(length, dtype=torch.float64) / length * scale
     zero = torch.zeros_like(third)
     return _tables(torch.stack((zero, zero, third), dim=-1), head_dim, device)
