@@ -228,6 +228,31 @@ def test_frames_are_torchs_but_for_ties(
         assert torch.equal(packed.decode(latents[:rows], {})[0], ours[:rows])
 
 
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("config", CODECS.values(), ids=CODECS)
+@torch.no_grad()
+def test_latents_are_torchs(
+    kernels: ctypes.CDLL, threads: int, config: dict[str, object], stored: str
+) -> None:
+    torch.manual_seed(0)
+    plain = ConvCodec(ConvCodecConfig(**config)).requires_grad_(False).eval()
+    randomise(plain, 0)
+    generator = torch.Generator().manual_seed(1)
+    plain.background.uniform_(0, 255, generator=generator)
+    plain.latent_mean.uniform_(-1, 1, generator=generator)
+    plain.latent_std.uniform_(0.5, 2, generator=generator)
+    round_to(plain, stored)
+    packed = fast_layout(copy.deepcopy(plain))
+    pack(packed)
+    shape = 9, 2 * plain.config.frames, *plain.background.shape[1:], 3
+    frames = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    ours, theirs = packed.encode(frames, {})[0], plain.encode(frames, {})[0]
+    assert ours.shape == theirs.shape == (9, 2, *plain.config.latent_shape)
+    assert near(ours, theirs, 5e-5) and ours.std() > 0.1
+    for rows in (1, 2, 5):
+        assert torch.equal(packed.encode(frames[:rows], {})[0], ours[:rows])
+
+
 @torch.no_grad()
 def test_perceptrons(kernels: ctypes.CDLL) -> None:
     torch.manual_seed(0)

@@ -6,7 +6,9 @@ grid; height, width pixels. Inside, a chunk is one picture of 3 F channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, cast
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from worldmodel.codec.base import CodecState
-from worldmodel.codec.native import LEVELS, DecoderParts, NativeDecoder, ResidualParts
+from worldmodel.codec.native import LEVELS, CodecParts, HalfParts, NativeCodec, ResidualParts
 from worldmodel.errors import CheckpointError, ConfigError, InputError
 from worldmodel.files import load_tensors, require_at_least, save_tensors
 from worldmodel.invariance import PICTURES, with_rows
@@ -164,29 +166,41 @@ class ConvCodec(Packable):
         return {}
 
     @property
-    def native(self) -> NativeDecoder | None:
-        """The decoder for the kernels of `worldmodel.native`, where they serve; laid out at first use."""
+    def native(self) -> NativeCodec | None:
+        """The codec for the kernels of `worldmodel.native`, where they serve; laid out at first use."""
         if self._waiting:
             kernels = library() if len(self.config.widths) <= LEVELS else None
-            self._kernel = NativeDecoder(kernels, self._decoder_parts()) if kernels else None
+            self._kernel = NativeCodec(kernels, self._parts()) if kernels else None
             self._waiting = False
-        return cast("NativeDecoder | None", self._kernel)
+        return cast("NativeCodec | None", self._kernel)
 
-    def _decoder_parts(self) -> DecoderParts:
-        c, layers = self.config, list(self.decoder)
-        blocks = [ResidualParts(m.norm, m.first, m.second) for m in layers if isinstance(m, ResidualBlock)]
-        counts = c.decoder_blocks[::-1]
-        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-        return DecoderParts(
-            cast(nn.Conv2d, layers[0]),
-            cast(nn.Conv2d, layers[-2]),
-            c.widths[::-1],
-            [blocks[end - count : end] for count, end in zip(counts, ends, strict=True)],
-            [*(m for m in layers if isinstance(m, PointConv2d)), None],
+    def _parts(self) -> CodecParts:
+        c = self.config
+
+        def half(module: nn.Module, widths: Sequence[int], counts: Sequence[int]) -> HalfParts:
+            layers = list(module.children())
+            blocks = [
+                ResidualParts(m.norm, m.first, m.second) for m in layers if isinstance(m, ResidualBlock)
+            ]
+            ends = list(accumulate(counts))
+            first, *points, last = (m for m in layers if isinstance(m, nn.Conv2d))
+            return HalfParts(
+                first,
+                last,
+                widths,
+                [blocks[end - count : end] for count, end in zip(counts, ends, strict=True)],
+                [cast(PointConv2d, point) for point in points],
+            )
+
+        return CodecParts(
+            half(self.encoder, c.widths, c.encoder_blocks),
+            half(self.decoder, c.widths[::-1], c.decoder_blocks[::-1]),
             c.latent_shape,
             c.frames,
             c.patch,
             self.background,
+            self.latent_mean,
+            self.latent_std,
         )
 
     def _pictures(self, layers: nn.Module) -> int:
@@ -225,6 +239,8 @@ class ConvCodec(Packable):
             raise InputError(f"frames have dtype {frames.dtype}, expected uint8 RGB from 0 to 255")
         batch = len(frames)
         chunks = rearrange(frames, "B (T F) height width c -> (B T) F height width c", F=self.config.frames)
+        if self.native is not None and chunks.device.type == "cpu":
+            return self.native.encode(chunks).unflatten(0, (batch, -1)), state
         latents = with_rows(self._pictures(self.encoder), lambda x: self.encoder(self.to_input(x)), chunks)
         latents = (latents - self.latent_mean) / self.latent_std
         return rearrange(latents.contiguous(), "(B T) C h w -> B T C h w", B=batch), state
@@ -244,7 +260,7 @@ class ConvCodec(Packable):
             )
         batch = len(latents)
         if self.native is not None and latents.dtype == torch.float32:
-            frames = self.native(latents.flatten(0, 1))
+            frames = self.native.decode(latents.flatten(0, 1))
             return frames.view(batch, -1, *frames.shape[2:]), state
         rows = rearrange(latents, "B T C h w -> (B T) C h w").contiguous(memory_format=torch.channels_last)
         chunks = with_rows(self._pictures(self.decoder), lambda x: self.to_pixels(self.decoder(x)), rows)

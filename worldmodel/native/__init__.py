@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-INTERFACE = 2
+INTERFACE = 3
 """Version of the C interface; raised with every change of it."""
 
 Entry = TypeVar("Entry", bound=ctypes.Structure)

@@ -215,7 +215,7 @@ void worldmodel_density(const Density *f)
 /* ---- what this library is ---------------------------------------------------------------------------------------------------- */
 /* Columns of a panel of packed weights, and the version of this interface: see worldmodel/native/__init__.py. */
 int worldmodel_panel(void) { return PANEL; }
-int worldmodel_interface(void) { return 2; }
+int worldmodel_interface(void) { return 3; }
 
 /* Whether this processor and system let it run, and whether it multiplies TILED weights. */
 #if defined(__AMX_TILE__)

@@ -1,9 +1,12 @@
-/* The decoder of the small convolutional codec (worldmodel/codec/conv.py): standardised latents to frames.
+/* Convolutions of the small convolutional codec (worldmodel/codec/conv.py): see decoder.c and encoder.c.
  *
  * Pictures lie channels last, channels padded with zeros to a multiple of PANEL. 3x3 convolutions are
  * Winograd's: F(2x2, 3x3) makes a tile of 2x2 pixels from 16 products in place of 36, F(4x4, 3x3) one of 4x4
- * from 36 in place of 144; a product's rows are all tiles. A matrix unit is faster still without. A picture's result is the same, bit for bit,
- * whatever pictures are decoded beside it. */
+ * from 36 in place of 144; a product's rows are all tiles. A matrix unit is faster still without. A picture's result
+ * is the same, bit for bit, whatever pictures are beside it. */
+#ifndef WORLDMODEL_CONVOLUTION_H
+#define WORLDMODEL_CONVOLUTION_H
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,11 +22,12 @@
 
 /* A 3x3 convolution with zeros around the picture, by F(side x side, 3x3), side 2 or 4: weights G g G^T,
  * zeros behind the last output, (panels, (side + 2)^2, inputs, PANEL); bias (panels * PANEL). Side 0: on the
- * matrix unit, weights (panels, 9) of what a TILED linear map has of a panel. */
+ * matrix unit, weights (panels, 9) of what a TILED linear map has of a panel, and of each activation so many
+ * `slices`: 3 are all of it, 2 leave an error of 2^-18 of it, as much as Winograd's sums lose. */
 typedef struct {
     const void *weight;
     const float *bias;
-    int32_t inputs, outputs, side;
+    int32_t inputs, outputs, side, slices;
 } Convolution;
 
 /* x + second(silu(first(silu(norm(x))))); the norm's gain and offset, zeros behind the last channel. */
@@ -31,25 +35,6 @@ typedef struct {
     const float *gain, *offset;
     Convolution first, second;
 } Residual;
-
-/* Residual blocks of one size of pictures, and the 1x1 convolution to the next, of twice the size: its
- * outputs are (2, 2, padded channels of the next level). The last level has none. channels: a multiple of
- * GROUPS. */
-typedef struct {
-    const Residual *blocks;
-    int32_t count, channels;
-    Linear up;
-} Level;
-
-/* The decoder of latents (latent_channels, height, width). `leave` has outputs (F, patch, patch, 3);
- * background (h, w of the last level, 3 * patch^2 + LANES): a pixel's patch (patch, patch, 3), then its
- * start again. */
-typedef struct {
-    Convolution enter, leave;
-    const Level *levels;
-    const float *background;
-    int32_t count, latent_channels, height, width, frames, patch;
-} Decoder;
 
 /* `count` pictures of h x w pixels, `pixel` elements each; pixel (0, 0) of the first is at `data`. */
 typedef struct {
@@ -62,13 +47,6 @@ typedef struct {
 typedef struct {
     Pictures x, a, b;
 } Buffers;
-
-/* What a call works in. */
-typedef struct {
-    Buffers levels[LEVELS];
-    Pictures latents, bytes; /* latents with zeros around; a byte an element */
-    float *work;
-} Scratch;
 
 /* What is added to PIXELS: element o of a pixel gets element o % period of the background's. */
 typedef struct {
@@ -217,13 +195,10 @@ INLINE void winograd(int side, int kind, const Convolution *map, const Pictures 
 }
 
 #if defined(__AMX_TILE__)
-/* Slices of an activation: two leave an error of 2^-18 of it, as much as Winograd's sums lose. */
-enum { CONVOLVED = 2 };
-
 /* As `winograd`. Pictures with their zeros are one row of pixels, in which each of the nine weights meets a
  * pixel at a constant distance; what comes out where zeros were is dropped. */
-INLINE void convolve_tiled(int kind, const Convolution *map, const Pictures *x, const Pictures *y, Background under,
-                           float *work)
+INLINE void convolve_tiled(int kind, int count, const Convolution *map, const Pictures *x, const Pictures *y,
+                           Background under, float *work)
 {
     const int blocks = x->pixel / BLOCK, width = x->row / x->pixel, panels = padded(map->outputs) / PANEL;
     const int all = x->count * (x->picture / x->pixel), last = (x->h - 1) * width + x->w;
@@ -234,8 +209,8 @@ INLINE void convolve_tiled(int kind, const Convolution *map, const Pictures *x, 
     for (int i = 0; i < all; i++)
         for (int b = 0; b < blocks; b++, from += BLOCK) {
             vec v[2] = {load(from), load(from + LANES)};
-            uint16_t *to = a + b * CONVOLVED * step + (ptrdiff_t)i * BLOCK;
-            UNROLL for (int s = 0; s < CONVOLVED; s++) _mm512_store_si512(to + s * step, slice(v));
+            uint16_t *to = a + b * count * step + (ptrdiff_t)i * BLOCK;
+            UNROLL for (int s = 0; s < count; s++) _mm512_store_si512(to + s * step, slice(v));
         }
     for (int panel = 0; panel < panels; panel++) {
         const uint16_t *weight = (const uint16_t *)map->weight + (ptrdiff_t)panel * 9 * blocks * 2 * TILE;
@@ -244,7 +219,7 @@ INLINE void convolve_tiled(int kind, const Convolution *map, const Pictures *x, 
             for (int begin = 0; begin < last; begin += 32) {
                 sums_zero();
                 for (int k = 0; k < 9; k++)
-                    sums_add(CONVOLVED,
+                    sums_add(count,
                              a + (p * (x->picture / x->pixel) + begin + k / 3 * width + k % 3) * (ptrdiff_t)BLOCK,
                              step, 16 * BLOCK, weight + (ptrdiff_t)k * blocks * 2 * TILE, blocks);
                 sums_store(c);
@@ -257,13 +232,16 @@ INLINE void convolve_tiled(int kind, const Convolution *map, const Pictures *x, 
             }
     }
 }
-#define CONVOLVE_TILED(KIND) if (map->side == 0) convolve_tiled(KIND, map, x, y, under, work); else
+#define CONVOLVE_TILED(KIND)                                                                          \
+    if (map->side == 0 && map->slices == 2) convolve_tiled(KIND, 2, map, x, y, under, work);          \
+    else if (map->side == 0) convolve_tiled(KIND, 3, map, x, y, under, work);                         \
+    else
 #else
 #define CONVOLVE_TILED(KIND)
 #endif
 
 #define CONVOLVE(NAME, KIND)                                                                          \
-    static void NAME(const Convolution *map, const Pictures *x, const Pictures *y, Background under,  \
+    static __attribute__((unused)) void NAME(const Convolution *map, const Pictures *x, const Pictures *y, Background under,  \
                      float *work)                                                                     \
     {                                                                                                 \
         CONVOLVE_TILED(KIND)                                                                          \
@@ -276,9 +254,9 @@ CONVOLVE(convolve_add, ADD)
 CONVOLVE(convolve_pixels, PIXELS)
 
 /* Floats that these work in. */
-static ptrdiff_t work_size(const Convolution *map, const Pictures *x)
+static __attribute__((unused)) ptrdiff_t work_size(const Convolution *map, const Pictures *x)
 {
-    if (map->side == 0) return x->count * x->picture + SPARE(x->row / x->pixel) * x->pixel;
+    if (map->side == 0) return (x->count * x->picture + SPARE(x->row / x->pixel) * x->pixel) / 2 * map->slices;
     const ptrdiff_t rows = x->count * tiles(map->side, x->h, x->w);
     const int points = (map->side + 2) * (map->side + 2);
     return points * (rows * (x->pixel + PANEL) + 2 * LANES);
@@ -305,7 +283,7 @@ INLINE vec total(const Pictures *x, const float *from, int squares, vec mean)
 }
 
 /* Every channel's mean over its group, from sums over its pixels. */
-static void group_means(float *sums, int channels, int pixels)
+static __attribute__((unused)) void group_means(float *sums, int channels, int pixels)
 {
     const int size = channels / GROUPS;
     for (float *group = sums; group < sums + channels; group += size) {
@@ -316,7 +294,7 @@ static void group_means(float *sums, int channels, int pixels)
 }
 
 /* y = silu(x), of x normalised first where `block`; work: 2 floats a channel. */
-static void activate(const Pictures *x, const Pictures *y, const Residual *block, int channels, float *work)
+static __attribute__((unused)) void activate(const Pictures *x, const Pictures *y, const Residual *block, int channels, float *work)
 {
     float *scale = work, *mean = work + x->pixel;
     for (int p = 0; p < x->count; p++) {
@@ -339,32 +317,6 @@ static void activate(const Pictures *x, const Pictures *y, const Residual *block
     }
 }
 
-/* The next level's pictures y from `rows` of a 1x1 convolution, (pixels, 2, 2, channels). */
-static void shuffle(const float *rows, const Pictures *y)
-{
-    for (int p = 0; p < y->count; p++)
-        for (int i = 0; i < y->h; i += 2)
-            for (int j = 0; j < y->w; j += 2)
-                for (int k = 0; k < 2; k++, rows += 2 * y->pixel)
-                    memcpy(y->data + place(y, p, i + k, j), rows,
-                           2 * y->pixel * sizeof(float));
-}
-
-/* One picture's frames (F, height, width, 3) from its bytes, (F, patch, patch, 3) a pixel. */
-static void unfold(const uint8_t *bytes, const Pictures *shape, int frames, int patch, uint8_t *to)
-{
-    for (int f = 0; f < frames; f++)
-        for (int i = 0; i < shape->h; i++)
-            for (int k = 0; k < patch; k++)
-                for (int j = 0; j < shape->w; j++, to += 3 * patch) {
-                    const uint8_t *from = bytes + place(shape, 0, i, j) + (f * patch + k) * 3 * patch;
-                    if (patch == 4) memcpy(to, from, 12);
-                    else memcpy(to, from, 3 * patch);
-                }
-}
-
-/* ---- the decoder --------------------------------------------------------------------------------------- */
-
 /* The first `count` pictures of a buffer. */
 INLINE Pictures first(Pictures x, int count)
 {
@@ -374,7 +326,7 @@ INLINE Pictures first(Pictures x, int count)
 
 /* Lays out a buffer in `memory`, behind the `used` floats of it, or with NULL only counts; `margin` 1:
  * pixels of zeros around, or 0. */
-static void reserve(Pictures *x, int count, int h, int w, int pixel, int margin, float *memory,
+static __attribute__((unused)) void reserve(Pictures *x, int count, int h, int w, int pixel, int margin, float *memory,
                     ptrdiff_t *used)
 {
     const ptrdiff_t row = (ptrdiff_t)pixel * (margin ? whole(w) + 2 : w);
@@ -390,111 +342,4 @@ static void reserve(Pictures *x, int count, int h, int w, int pixel, int margin,
     }
 }
 
-/* Lays out all buffers for up to `count` pictures; the floats that they take. */
-static ptrdiff_t plan(Scratch *s, const Decoder *decoder, int count, float *memory)
-{
-    ptrdiff_t used = 0, work = 0;
-    int h = decoder->height, w = decoder->width;
-    for (int i = 0; i < decoder->count; i++, h *= 2, w *= 2) {
-        const Level *level = decoder->levels + i;
-        Buffers *to = s->levels + i;
-        const int channels = padded(level->channels);
-        count = smaller(count, larger(1, smaller(TOGETHER, PIXELS_TOGETHER / (h * w))));
-        if (i == 0) {
-            reserve(&s->latents, count, h, w, padded(decoder->latent_channels), 1, memory, &used);
-            work = work_size(&decoder->enter, &s->latents);
-        }
-        reserve(&to->x, count, h, w, channels, 0, memory, &used);
-        reserve(&to->a, count, h, w, channels, 1, memory, &used);
-        reserve(&to->b, count, h, w, channels, 1, memory, &used);
-        for (int k = 0; k < level->count; k++)
-            work = larger(work, larger(work_size(&level->blocks[k].first, &to->a),
-                                       work_size(&level->blocks[k].second, &to->b)));
-        work = larger(work, larger(2 * channels, (ptrdiff_t)count * h * w * padded(level->up.outputs)));
-    }
-    work = larger(work, work_size(&decoder->leave, &s->levels[decoder->count - 1].a));
-    reserve(&s->bytes, count, h / 2, w / 2, padded(decoder->leave.outputs), 0, memory, &used);
-    s->work = memory ? memory + used : NULL;
-    return used + work;
-}
-
-/* Bytes of one picture's frames. */
-static ptrdiff_t frames_size(const Decoder *decoder, const Scratch *s)
-{
-    return (ptrdiff_t)decoder->frames * 3 * decoder->patch * decoder->patch * s->bytes.h * s->bytes.w;
-}
-
-/* From x of a level, its first `count` pictures, to frames. The next takes as many at a time as it holds. */
-static void decode_level(const Decoder *decoder, const Scratch *s, int index, int count, uint8_t *frames)
-{
-    const Level *level = decoder->levels + index;
-    const Buffers *from = s->levels + index;
-    const Pictures x = first(from->x, count), a = first(from->a, count), b = first(from->b, count);
-    const Background none = {NULL, 1}, under = {decoder->background, 3 * decoder->patch * decoder->patch};
-    const ptrdiff_t size = frames_size(decoder, s);
-    for (const Residual *block = level->blocks; block < level->blocks + level->count; block++) {
-        activate(&x, &a, block, level->channels, s->work);
-        convolve_silu(&block->first, &a, &b, none, s->work);
-        convolve_add(&block->second, &b, &x, none, s->work);
-    }
-    if (index < decoder->count - 1) {
-        for (int p = 0, n; p < count; p += n, frames += n * size) {
-            n = smaller(from[1].x.count, count - p);
-            const Pictures next = first(from[1].x, n);
-            linear(&level->up, n * x.h * x.w, x.data + p * x.picture, x.pixel, s->work,
-                   padded(level->up.outputs), PLAIN);
-            shuffle(s->work, &next);
-            decode_level(decoder, s, index + 1, n, frames);
-        }
-    } else {
-        const Pictures bytes = first(s->bytes, count);
-        activate(&x, &a, NULL, level->channels, s->work);
-        convolve_pixels(&decoder->leave, &a, &bytes, under, s->work);
-        for (int p = 0; p < count; p++, frames += size)
-            unfold((const uint8_t *)bytes.data + p * bytes.picture, &bytes, decoder->frames, decoder->patch,
-                   frames);
-    }
-}
-
-/* Frames (B, F, height, width, 3) from latents (B, C, h, w). */
-typedef struct {
-    const Decoder *decoder;
-    const float *latents;
-    uint8_t *frames;
-} Job;
-
-static int decode(const void *given, int begin, int rows)
-{
-    const Job *job = given;
-    const Decoder *decoder = job->decoder;
-    const float *latents = job->latents;
-    uint8_t *frames = job->frames;
-    const int end = begin + rows;
-    Scratch s;
-    if (decoder->count > LEVELS) return 1;
-    const size_t size = plan(&s, decoder, end - begin, NULL) * sizeof(float);
-    float *const memory = aligned_alloc(64, (size + 63) / 64 * 64);
-    if (!memory) return 1;
-    plan(&s, decoder, end - begin, memory);
-    const int channels = decoder->latent_channels, cells = decoder->height * decoder->width;
-    for (int n; begin < end; begin += n) {
-        n = smaller(s.levels[0].x.count, end - begin);
-        const Pictures from = first(s.latents, n), x = first(s.levels[0].x, n);
-        for (int p = 0; p < n; p++)
-            for (int i = 0; i < cells; i++)
-                for (int c = 0; c < from.pixel; c++)
-                    from.data[place(&from, p, i / from.w, i % from.w) + c] =
-                        c < channels ? latents[((ptrdiff_t)(begin + p) * channels + c) * cells + i] : 0.0f;
-        convolve(&decoder->enter, &from, &x, (Background){NULL, 1}, s.work);
-        decode_level(decoder, &s, 0, n, frames + begin * frames_size(decoder, &s));
-    }
-    free(memory);
-    return 0;
-}
-
-/* Nonzero if there is no memory for it, or there are more than LEVELS. */
-int worldmodel_decode(const Decoder *decoder, const float *latents, uint8_t *frames, int rows, int threads)
-{
-    const Job job = {decoder, latents, frames};
-    return share_out(decode, &job, rows, 2, rows, threads);
-}
+#endif
