@@ -9,7 +9,10 @@ import sys
 from setuptools import Extension, setup
 
 SOURCES = [f"worldmodel/native/{name}.c" for name in ("flow", "denoiser", "perceptron", "decoder", "encoder")]
-HEADERS = [f"worldmodel/native/{name}.h" for name in ("vector", "tiles", "linear", "threads", "transformer", "convolution")]
+HEADERS = [
+    f"worldmodel/native/{name}.h"
+    for name in ("vector", "tiles", "linear", "threads", "transformer", "convolution")
+]
 
 
 LEVELS = {

@@ -65,7 +65,8 @@ def sections(world: WorldModel, options: Options, peak: Row) -> dict[str, Sectio
         ),
         "deep": Section(
             "the deep block against the matrix product, in turns",
-            "",
+            "peak: of the best float32 product. Where the kernels multiply on a matrix unit (AMX), a float32 product\n"
+            "of the block is three of bfloat16; the last columns count these, their peak is torch's bfloat16 product",
             lambda: steps.deep_share(world, [1, 64], 5 if quick else 15),
         ),
         "fork": Section("a fork against copies", "", lambda: steps.forks(world, 64, 10)),

@@ -227,6 +227,7 @@ def deep_share(world: WorldModel, batches: Sequence[int], repeats: int) -> list[
     own = None
     if kernels is not None and world.device.type == "cpu":
         own = native.NativePerceptron(kernels, [(product.weight, torch.zeros(n))])
+    tiled, half = kernels is not None and bool(kernels.worldmodel_tiled()), square.bfloat16()
     rows: list[Row] = []
     for batch in batches:
         for kind in ("sessions", "branches"):
@@ -241,12 +242,14 @@ def deep_share(world: WorldModel, batches: Sequence[int], repeats: int) -> list[
             }
             if own is not None:
                 ways["own"] = partial(own, square)
+            if tiled:
+                ways["bfloat16"] = partial(torch.mm, half, half)
             median = {way: float(np.median(t)) for way, t in interleaved(ways, repeats, "deep share").items()}
             with torch_alone():
                 work = flops(deep_block(world, state, action, True))
             rate = work / median["deep"] / 1e9
             plain = 2 * n**3 / median["plain"] / 1e9
-            peak = max(2 * n**3 / t / 1e9 for way, t in median.items() if way != "deep")
+            peak = max(2 * n**3 / t / 1e9 for way, t in median.items() if way not in ("deep", "bfloat16"))
             rows.append(
                 {
                     "batch": batch,
@@ -255,6 +258,18 @@ def deep_share(world: WorldModel, batches: Sequence[int], repeats: int) -> list[
                     "peak GFLOP/s": peak,
                     "share of peak": rate / peak,
                     "of torch.mm": rate / plain,
+                    **(
+                        {
+                            "bfloat16 GFLOP/s": native.SLICES * rate,
+                            "share of bfloat16 peak": native.SLICES
+                            * rate
+                            * 1e9
+                            * median["bfloat16"]
+                            / (2 * n**3),
+                        }
+                        if tiled
+                        else {}
+                    ),
                 }
             )
     return rows

@@ -12,8 +12,8 @@ from worldmodel.native import library
 
 @cache
 def products_round_alike() -> bool:
-    """By the kernels always; by torch, products of 4, 8 and 20 rows are tried against the same rows among 256, convolutions of
-    2 pictures among 8.
+    """By the kernels always; by torch, products of 4, 8 and 20 rows are tried against the same rows among 256,
+    convolutions of 2 pictures among 8.
     """
     if library() is not None:
         return True

@@ -90,7 +90,7 @@ def winograd_weights(weight: Tensor, side: int) -> Tensor:
     return torch.einsum("ik,jl,onkl->ijon", g, g, weight.double()).flatten(0, 1).float()
 
 
-DECODED_SLICES, ENCODED_SLICES = 2, 3
+DECODED_SLICES, ENCODED_SLICES = 2, native.SLICES
 """bfloat16 numbers of an activation, where the matrix unit multiplies: 2 for what becomes bytes, 3, which are all of a
 float32, for what the flow reads."""
 

@@ -82,6 +82,9 @@ class _Perceptron(ctypes.Structure):
 FLOAT32, FLOAT16, TILED = range(3)
 """How weights are stored, as in linear.h."""
 
+SLICES = 3
+"""bfloat16 products that make one of float32 of TILED weights."""
+
 TILE_OUTPUTS, TILE_INPUTS = 16, 32
 """Of a tile of weights, see tiles.h; a panel has two of them side by side."""
 
