@@ -15,8 +15,10 @@ from worldmodel.flow.context import Context
 from worldmodel.flow.deep import DeepBlock
 from worldmodel.records import replace
 
-AHEAD = 3
-"""Least number of the next window's frames that are encoded at a time: one by one they would cost more passes."""
+AHEAD = 2, 3
+"""Least numbers of the next window's frames that are encoded at a time: one by one they would cost more passes, and where
+they are few, two groups share them out.
+"""
 
 
 def _inverse(order: Sequence[int]) -> list[int]:
@@ -95,7 +97,7 @@ def _look_ahead(deep: DeepBlock, context: Context, begin: int) -> Context:
     if ahead is None or context.ahead_from != begin:
         ahead = _fresh(deep, context)
     ahead = replace(ahead, u=context.u, features=context.features)
-    size = max(AHEAD, -(-keep // begin))
+    size = max(min(max(AHEAD[0], -(-keep // 2)), AHEAD[1]), -(-keep // begin))
     groups: dict[tuple[int, int, int], list[int]] = {}
     branch = (any(s.fold > 1 for s in c.segments) for c in context.cache.cohorts for _ in range(c.rows))
     for row, (f, has, is_branch) in enumerate(zip(context.frames, ahead.frames, branch, strict=True)):
