@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.measure import Row, interleaved, ms, torch_alone
 from benchmarks.steps import random_actions, unpacked, walk
-from worldmodel import WorldModel, packed
+from worldmodel import WorldModel, native, packed
 from worldmodel.flow import flow as flow_module
 from worldmodel.flow.context import Context
 from worldmodel.flow.deep import Committed, DeepBlock
@@ -87,6 +87,22 @@ def float32_weights(world: WorldModel) -> WorldModel:
     return twin
 
 
+def without_tiles(world: WorldModel) -> WorldModel:
+    """The world with the kernels of processors that have no matrix unit."""
+    twin, levels = copy.copy(world), native.LEVELS
+    for part in ("flow", "codec", "actions", "heads"):
+        setattr(twin, part, copy.deepcopy(getattr(world, part)))
+    native.LEVELS = {k: tuple(b for b in builds if b != "_amx") for k, builds in levels.items()}
+    native._found.cache_clear()
+    try:
+        state, _ = twin.reset([0])  # at first use, copies pack again
+        twin.step(state, random_actions(twin, 1))
+    finally:
+        native.LEVELS = levels
+        native._found.cache_clear()
+    return twin
+
+
 @contextmanager
 def nothing_kept() -> Iterator[None]:
     """The denoiser run over all frames that the newest depends on, instead of keeping their K/V."""
@@ -128,12 +144,13 @@ def both(first: Switch, second: Switch) -> Switch:
 
 def ablation(world: WorldModel, batches: list[int], steps: int, repeats: int) -> list[Row]:
     """Milliseconds a step with everything, and the factor that each switch costs."""
-    plain, full = plain_weights(world), float32_weights(world)
+    plain, full, untiled = plain_weights(world), float32_weights(world), without_tiles(world)
     rows = []
     for batch in batches:
         less: dict[str, Any] = {"decode": False}
         ways: dict[str, Way] = {
             "everything": (world, nullcontext, {}),
+            **({"no matrix unit": (untiled, nullcontext, {})} if native.build() == "AMX" else {}),
             "the denoiser keeps no K/V": (world, nothing_kept, {}),
             "Jacobi and commit": (world, jacobi_and_commit, {}),
             "no kernels of its own": (world, torch_alone, {}),

@@ -260,7 +260,8 @@ def spy(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_steps_share_the_next_window_evenly(
     keep: int, most: int, text: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Windows of 8 restart every 8 - keep steps, each of which encodes its share of the kept frames, two or three at the least.
+    """Windows of 8 restart every 8 - keep steps, each of which encodes its share of the kept frames, two or three at
+    the least.
 
     Those with a condition, which may change, encode all at once.
     """
