@@ -171,12 +171,18 @@ static __attribute__((unused)) void attend(const float *query, const float **key
     }
 }
 
-/* Keys and values of one sequence's past, in one layer and head; returns how many. */
-static __attribute__((unused)) int list_past(const Sequence *s, int layer, int head, int size, const float **keys, const float **values)
+/* Keys and values of one sequence's past, in one layer and head; returns how many. What it shares with the sequence
+ * `before` it, or NULL, is listed. */
+static __attribute__((unused)) int list_past(const Sequence *s, const Sequence *before, int layer, int head, int size,
+                                             const float **keys, const float **values)
 {
     int n = 0;
     for (int i = 0; i < s->cohort->segments; i++) {
         const Segment *g = s->cohort->segment + i;
+        if (before && before->cohort == s->cohort && before->row / g->fold == s->row / g->fold) {
+            n += g->tokens;
+            continue;
+        }
         const float *k = g->kv + layer * g->layer + (s->row / g->fold) * g->row + head * g->head;
         for (int j = 0; j < g->tokens; j++, n++) {
             keys[n] = k + (ptrdiff_t)j * size;
@@ -229,7 +235,7 @@ static __attribute__((unused)) void layers(const Transformer *t, Scratch *s, int
             for (int row = 0; row < rows; row++) {
                 const Sequence *sequence = s->sequence + row;
                 if (row + 1 < rows) fetch(sequence + 1, l, head, size);
-                const int past = list_past(sequence, l, head, size, s->keys, s->values);
+                const int past = list_past(sequence, row ? sequence - 1 : NULL, l, head, size, s->keys, s->values);
                 for (int stream = 0; stream < streams; stream++) {
                     const int first = (row * streams + stream) * pass;
                     ptrdiff_t kind;
