@@ -1,6 +1,7 @@
-"""Kernels in C for what a step of a small world spends its time on: see flow.c, denoiser.c, convolution.c and perceptron.c.
+"""Kernels in C for what a step of a small world spends its time on: see flow.c, denoiser.c, decoder.c, encoder.c and
+perceptron.c.
 
-They serve frozen float32 weights on x86-64 CPUs with AVX-512 or AVX2, where the package was built with gcc. Where
+They serve frozen float32 weights on x86-64 CPUs with AMX, AVX-512 or AVX2, where the package was built with gcc. Where
 they do not serve, torch computes the same, slower: same mathematics, last bits may differ. Which of both computes depends
 on the weights and the machine alone, never on the batch, so results do not depend on it either.
 """
