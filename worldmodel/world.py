@@ -22,7 +22,7 @@ from worldmodel.codec.base import CodecState
 from worldmodel.condition.spaces import pack_actions, prompt_key, prompts_of
 from worldmodel.denoising import clean_frame
 from worldmodel.errors import CheckpointError, InputError, WorldModelError
-from worldmodel.flow.context import Context
+from worldmodel.flow.context import Context, appended
 from worldmodel.flow.deep import Committed
 from worldmodel.flow.native import density
 from worldmodel.flow.window import make_room
@@ -465,7 +465,7 @@ class WorldModel(WorldParts):
             self.flow.latents(z, self.grid)[:, 0],
             torch.from_numpy(np.array(context.frames)),
         )
-        history = torch.cat((state.noisy, x), dim=1)[:, -state.noisy.shape[1] :]
+        history = appended(state.noisy, x)
         state = replace(
             state, context=after, noisy=history, steps=state.steps + 1, log_prob=state.log_prob + log_prob
         )

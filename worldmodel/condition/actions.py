@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +33,14 @@ def _frequencies(harmonics: int, device: torch.device, dtype: torch.dtype) -> Te
     return math.pi / 2 * torch.arange(1, harmonics + 1, device=device, dtype=dtype)
 
 
+def _waves(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Sine and cosine; on a CPU by numpy, since torch wakes all its threads for a hundred numbers."""
+    if angles.device.type != "cpu" or angles.dtype != torch.float32 or angles.requires_grad:
+        return angles.sin(), angles.cos()
+    values = angles.numpy()
+    return torch.from_numpy(np.sin(values)), torch.from_numpy(np.cos(values))
+
+
 class ActionEncoder(nn.Module):
     """(..., P) packed actions in [-1, 1] to (..., E) features; no action is the zero vector.
 
@@ -50,6 +59,6 @@ class ActionEncoder(nn.Module):
         angles = (
             packed[..., None] * _frequencies(self.config.harmonics, packed.device, packed.dtype)
         ).flatten(-2)
-        inputs = torch.cat((packed, angles.sin(), angles.cos()), dim=-1)
+        inputs = torch.cat((packed, *_waves(angles)), dim=-1)
         features: Tensor = self.layers(inputs)
         return features if present is None else features * present[..., None].to(packed.dtype)

@@ -19,7 +19,7 @@ from worldmodel.flow.affine import Affine, affine_from_head, guide
 from worldmodel.flow.attention import Room, plan_run
 from worldmodel.flow.block import Block
 from worldmodel.flow.cache import Cohort, KVCache
-from worldmodel.flow.context import Context
+from worldmodel.flow.context import Context, appended
 from worldmodel.flow.jacobi import Solution, jacobi, sequential
 from worldmodel.flow.native import Past
 from worldmodel.flow.rope import (
@@ -394,11 +394,11 @@ class DeepBlock(Block):
         history = context.features
         if history is not None:
             new = history.new_zeros(len(u), frames, history.shape[-1]) if features is None else features
-            history = torch.cat((history, new.to(history.dtype)), dim=1)[:, -context.window :]
+            history = appended(history, new.to(history.dtype))
         return replace(
             context,
             cache=extend(context.cache),
             uncond=None if context.uncond is None else extend(context.uncond),
-            u=torch.cat((context.u, u), dim=1)[:, -context.window :],
+            u=appended(context.u, u),
             features=history,
         )
