@@ -395,7 +395,7 @@ def against_baseline(world: WorldModel, count: int, repeats: int) -> list[Row]:
         "baseline, given a state": stepped,
         "baseline, one clip": offline,
     }
-    times = interleaved(ways, repeats, "baseline")
+    times = interleaved(ways, repeats, "baseline", warm=True)
     own = float(np.median(times["step"]))
     rows = []
     for name, t in times.items():
