@@ -1,6 +1,6 @@
 # `make demo` and `make test` install what they need into .venv and run; the second run installs nothing.
 #   PYTHON=python3.12      the interpreter that makes .venv (3.11 or newer, with venv)
-#   CC=gcc                 builds the native kernels; without it they are left out, and steps take 4 times as long
+#   CC=gcc                 builds the native kernels; without it they are left out, and steps take 4 to 6 times as long
 #   TORCH_INDEX=URL        an extra package index for torch. Empty: pip's own indexes decide, and on Linux PyPI's
 #                          torch brings CUDA packages. CPU build: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
