@@ -92,6 +92,9 @@ SLICES = 3
 TILE_OUTPUTS, TILE_INPUTS = 16, 32
 """Of a tile of weights, see tiles.h; a panel has two of them side by side."""
 
+MOST_TILED = 2048
+"""The most inputs of a TILED linear map: slices of 64 rows of them lie on a thread's stack."""
+
 
 def tiles(weight: Tensor) -> Tensor:
     """Weights (..., outputs, K) as tiles.h reads them, zeros behind the last of both: (..., panels, blocks of K, 2, 16,
@@ -178,7 +181,7 @@ class Weights:
         if weight is None:
             return Linear()
         stored, laid_out = FLOAT32, self.panels(weight)
-        if self.tiles_fit(weight):
+        if weight.shape[1] <= MOST_TILED and self.tiles_fit(weight):
             stored, laid_out = TILED, tiles(weight)
         elif torch.equal(weight.half().float(), weight):
             stored, laid_out = FLOAT16, laid_out.half()
