@@ -130,7 +130,8 @@ class _HugePages:
             return tensor.contiguous()
         with self._lock:
             if self._used + size > len(self._block):
-                pages = mmap.mmap(-1, max(self.BLOCK, size))
+                private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+                pages = mmap.mmap(-1, max(self.BLOCK, size), flags=private)
                 if hasattr(mmap, "MADV_HUGEPAGE"):
                     with contextlib.suppress(OSError):  # a system that was built without
                         pages.madvise(mmap.MADV_HUGEPAGE)
