@@ -156,6 +156,12 @@ class NativeCodec:
         return NativeEncoder(self._kernels, self._parts)
 
 
+def patches(codec: CodecParts) -> Tensor:
+    """The background as (pixels of the finest level, patch * patch * 3)."""
+    size = codec.patch
+    return rearrange(codec.background, "c (h i) (w j) -> (h w) (i j c)", i=size, j=size)
+
+
 class _NativeHalf:
     def __init__(self, kernels: ctypes.CDLL, slices: int) -> None:
         self._kernels, self._weights, self._slices = kernels, native.Weights(kernels), slices
@@ -205,7 +211,7 @@ class NativeDecoder(_NativeHalf):
             levels.append(_Level(self._residuals(blocks, cells), len(blocks), width, up))
             cells *= 4
         order = frame_order(parts.leave.out_channels, patch)
-        background = rearrange(codec.background, "c (h i) (w j) -> (h w) (i j c)", i=patch, j=patch)
+        background = patches(codec)
         period, lanes = background.shape[1], self._weights.panel // 2
         self._decoder = _Decoder(
             self._convolution(parts.enter, h * w),
@@ -242,16 +248,12 @@ class NativeEncoder(_NativeHalf):
     def __init__(self, kernels: ctypes.CDLL, codec: CodecParts) -> None:
         super().__init__(kernels, ENCODED_SLICES)
         parts, patch, w = codec.encoder, codec.patch, self._weights
-        self._latent_shape, self._frames_shape = (
-            codec.latent_shape,
-            (codec.frames, *codec.background.shape[1:], 3),
-        )
+        self._latent_shape = codec.latent_shape
         levels, cells = [], codec.background[0].numel() // patch**2
         downs = [self._down(conv, finer) for conv, finer in zip(parts.points, parts.widths[:-1], strict=True)]
         for width, blocks, down in zip(parts.widths, parts.blocks, [native.Linear(), *downs], strict=True):
             levels.append(_Level(self._residuals(blocks, cells), len(blocks), width, down))
             cells //= 4
-        background = rearrange(codec.background, "c (h i) (w j) -> (h w) (i j c)", i=patch, j=patch)
         self._encoder = _Encoder(
             self._convolution(
                 parts.enter,
@@ -260,7 +262,7 @@ class NativeEncoder(_NativeHalf):
             ),
             self._convolution(parts.leave, cells * 4),
             w.array(_Level, levels),
-            w.pointer(background),
+            w.pointer(patches(codec)),
             w.pointer(codec.mean),
             w.pointer(codec.deviation),
             len(levels),

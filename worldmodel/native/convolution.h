@@ -222,7 +222,7 @@ INLINE void convolve_tiled(int kind, int count, const Convolution *map, const Pi
                     sums_add(count,
                              a + (p * (x->picture / x->pixel) + begin + k / 3 * width + k % 3) * (ptrdiff_t)BLOCK,
                              step, 16 * BLOCK, weight + (ptrdiff_t)k * blocks * 2 * TILE, blocks);
-                sums_store(c);
+                sums_store(c, c + 16 * PANEL);
                 for (int r = 0, i = begin / width, j = begin % width; r < 32 && i < x->h; r++, j++) {
                     if (j == width) i++, j = 0;
                     if (i >= x->h || j >= x->w) continue;

@@ -59,7 +59,7 @@ INLINE void tile(int rows, int panels, int half, const Linear *map, int panel, c
     static __attribute__((noinline, unused)) void tile_##ROWS##_##PANELS(                                            \
         const Linear *map, int panel, const float *x, ptrdiff_t ldx, float *y, ptrdiff_t ldy, int add)               \
     {                                                                                                                \
-        if (map->stored == FLOAT16) tile(ROWS, PANELS, 1, map, panel, x, ldx, y, ldy, add);                                       \
+        if (map->stored == FLOAT16) tile(ROWS, PANELS, 1, map, panel, x, ldx, y, ldy, add);                          \
         else tile(ROWS, PANELS, 0, map, panel, x, ldx, y, ldy, add);                                                 \
     }
 TILES(1, 2)
@@ -141,7 +141,7 @@ static __attribute__((noinline, unused)) void linear_tiled(const Linear *map, in
             for (int row = 0; row < some; row += 32, to += 32 * ldy) {
                 sums_zero();
                 sums_add(SLICES, a + row / 16 * group, TILE, group, weight, blocks);
-                sums_store(c);
+                sums_store(c, c + 16 * PANEL);
                 emit_rows(c, some - row < 32 ? some - row : 32, bias, to, ldy, kind);
             }
         }

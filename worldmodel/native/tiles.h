@@ -116,13 +116,13 @@ INLINE void sums_add(int count, const uint16_t *a, ptrdiff_t step, ptrdiff_t sec
     }
 }
 
-/* To c (32, PANEL). */
-INLINE void sums_store(float *c)
+/* Tiles 0 and 1 to c (16, PANEL), 2 and 3 to d. */
+INLINE void sums_store(float *c, float *d)
 {
     _tile_stored(0, c, 4 * PANEL);
     _tile_stored(1, c + 16, 4 * PANEL);
-    _tile_stored(2, c + 16 * PANEL, 4 * PANEL);
-    _tile_stored(3, c + 16 * PANEL + 16, 4 * PANEL);
+    _tile_stored(2, d, 4 * PANEL);
+    _tile_stored(3, d + 16, 4 * PANEL);
 }
 
 /* Up to 16 rows' slices times two panels to c (16, 2 * 16) and d. */
@@ -146,10 +146,7 @@ INLINE void tile_few(const uint16_t *a, const uint16_t *weight, int blocks, floa
             _tile_dpbf16ps(3, 4, 7);
         }
     }
-    _tile_stored(0, c, 4 * PANEL);
-    _tile_stored(1, c + 16, 4 * PANEL);
-    _tile_stored(2, d, 4 * PANEL);
-    _tile_stored(3, d + 16, 4 * PANEL);
+    sums_store(c, d);
 }
 
 #else
