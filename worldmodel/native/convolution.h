@@ -221,8 +221,9 @@ INLINE void convolve_tiled(int kind, int count, const Convolution *map, const Pi
                 for (int k = 0; k < 9; k++)
                     sums_add(count,
                              a + (p * (x->picture / x->pixel) + begin + k / 3 * width + k % 3) * (ptrdiff_t)BLOCK,
-                             step, 16 * BLOCK, weight + (ptrdiff_t)k * blocks * 2 * TILE, blocks);
-                sums_store(c, c + 16 * PANEL);
+                             step, 16 * BLOCK, weight + (ptrdiff_t)k * blocks * 2 * TILE, blocks, k * blocks,
+                             (Meanwhile){NULL, NULL});
+                sums_store(c, c + 16 * PANEL, PANEL);
                 for (int r = 0, i = begin / width, j = begin % width; r < 32 && i < x->h; r++, j++) {
                     if (j == width) i++, j = 0;
                     if (i >= x->h || j >= x->w) continue;

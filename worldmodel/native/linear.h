@@ -100,21 +100,29 @@ static void activate_rows(int rows, int columns, float *y, ptrdiff_t ldy, int ki
 enum { FEW_ROWS = 3, MANY_ROWS = 32, MOST_INPUTS = 2048 };
 
 #if defined(__AMX_TILE__)
-/* `rows` of a panel of products c on their way to y. */
-INLINE void emit_rows(const float *c, int rows, const float *bias, float *y, ptrdiff_t ldy, int kind)
+/* Products c (rows, width) on their way to y, some rows at a time. */
+typedef struct {
+    const float *c, *bias;
+    float *y;
+    ptrdiff_t ldy;
+    int rows, width, some, kind;
+} Emission;
+
+INLINE void emit_some(void *of)
 {
-    for (; rows; rows--, c += PANEL, y += ldy)
-        UNROLL for (int i = 0; i < PANEL; i += LANES) {
-            vec v = load(c + i);
-            if (bias) v += load(bias + i);
-            if (kind == GELU) v = gelu(v);
-            if (kind == SILU) v = silu(v);
-            if (kind == ADD) v += load(y + i);
-            store(y + i, v);
+    Emission *e = of;
+    for (int n = e->rows < e->some ? e->rows : e->some; n; n--, e->rows--, e->c += e->width, e->y += e->ldy)
+        for (int i = 0; i < e->width; i += LANES) {
+            vec v = load(e->c + i);
+            if (e->bias) v += load(e->bias + i);
+            if (e->kind == GELU) v = gelu(v);
+            if (e->kind == SILU) v = silu(v);
+            if (e->kind == ADD) v += load(e->y + i);
+            store(e->y + i, v);
         }
 }
 
-/* As `linear`, of a TILED map. */
+/* As `linear`, of a TILED map. The products of one panel are emitted while those of the next are made. */
 static __attribute__((noinline, unused)) void linear_tiled(const Linear *map, int rows, const float *x, ptrdiff_t ldx,
                                                            float *y, ptrdiff_t ldy, int kind)
 {
@@ -122,29 +130,35 @@ static __attribute__((noinline, unused)) void linear_tiled(const Linear *map, in
     const int most = rows < TILED_ROWS ? rows : TILED_ROWS, few = rows <= 16;
     const ptrdiff_t size = (ptrdiff_t)blocks * 2 * TILE, group = (ptrdiff_t)blocks * SLICES * TILE;
     uint16_t a[(most + 31) / 32 * 2 * group] __attribute__((aligned(64)));
-    float c[2 * 32 * PANEL] __attribute__((aligned(64)));
+    float c[2][32 * PANEL] __attribute__((aligned(64)));
+    int turn = 0;
     if (few) tiles_shape(rows);
     for (int some; rows > 0; rows -= some, x += some * ldx, y += some * ldy) {
+        Emission last = {0};
+        const Meanwhile emission = {emit_some, &last};
         some = rows < TILED_ROWS ? rows : TILED_ROWS;
         slices(x, ldx, some, map->inputs, a);
         for (int panel = 0, wide; panel < panels; panel += wide) {
             const uint16_t *weight = (const uint16_t *)map->weight + panel * size;
-            const float *bias = map->bias ? map->bias + panel * PANEL : NULL;
-            float *to = y + panel * PANEL;
             wide = few && panel + 2 <= panels ? 2 : 1;
-            if (wide == 2) {
-                tile_few(a, weight, blocks, c, c + 32 * PANEL);
-                emit_rows(c, some, bias, to, ldy, kind);
-                emit_rows(c + 32 * PANEL, some, bias ? bias + PANEL : NULL, to + PANEL, ldy, kind);
-                continue;
-            }
-            for (int row = 0; row < some; row += 32, to += 32 * ldy) {
+            for (int row = 0; row < some; row += 32, turn = !turn) {
+                float *const to = c[turn];
                 sums_zero();
-                sums_add(SLICES, a + row / 16 * group, TILE, group, weight, blocks);
-                sums_store(c, c + 16 * PANEL);
-                emit_rows(c, some - row < 32 ? some - row : 32, bias, to, ldy, kind);
+                if (wide == 2) sums_add_few(a, weight, blocks, emission);
+                else sums_add(SLICES, a + row / 16 * group, TILE, group, weight, blocks, 0, emission);
+                sums_store(to, to + (wide == 2 ? PANEL : 16 * PANEL), wide * PANEL);
+                last = (Emission){to,
+                                  map->bias ? map->bias + panel * PANEL : NULL,
+                                  y + row * ldy + panel * PANEL,
+                                  ldy,
+                                  some - row < 32 ? some - row : 32,
+                                  wide * PANEL,
+                                  0,
+                                  kind};
+                last.some = (last.rows + SLICES * blocks - 1) / (SLICES * blocks);
             }
         }
+        while (last.rows) emit_some(&last);
     }
     if (few) tiles_shape(16);
 }
