@@ -51,7 +51,7 @@ def of_world(world: WorldModel, sessions: int, chunks: int) -> list[Row]:
     _, features = world._action(action, sessions)
     asked: list[tuple[WorldState, Tensor, Tensor]] = []
     for _ in tqdm(range(chunks), desc="exact inverse", leave=False):
-        context = world._room(state, world.spec.sampling, reserve=False)
+        context = world._room(state, world.spec.sampling)
         _, noisy = exact(world.flow, context, noise_of(world, state), features)
         after, _ = world.step(state, action, decode=False)
         asked.append((state, noisy, frames_of(world, after, noisy)))

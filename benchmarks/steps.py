@@ -112,7 +112,7 @@ def deep_block(world: WorldModel, state: WorldState, action: Any, action_gain: b
     """A frame of few tokens through the deep block alone, committed, as a step does it."""
     deep, flow = world.flow.deep, world.flow
     _, features = world._action(action, state.rows)
-    context = deep.reserve(world._room(state, world.spec.sampling, reserve=False), 2)
+    context = deep.reserve(world._room(state, world.spec.sampling), 2)
     w, two = noise_of(world, state), features is not None and action_gain
     if flow.native is None:
         return torch.no_grad()(lambda: deep.invert(context, w, features, 0.0, two))
@@ -193,7 +193,7 @@ def stage_flops(world: WorldModel, state: WorldState, action: Any) -> dict[str, 
     _, features = world._action(action, state.rows)
     noise = normal(state.seeds, state.branches, state.steps, SAMPLE, world.latent_shape).to(world.device)
     w = flow.tokens(noise[:, None])[:, 0]
-    context = world._room(state, world.spec.sampling, reserve=False)
+    context = world._room(state, world.spec.sampling)
     latent = noise[:, None]
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,40 @@ def test_it_leaves_no_trace(tmp_path: Path) -> None:
     assert not any(p.requires_grad or p.grad is not None for p in world.flow.parameters())
     tensors = (chunk.latent, chunk.log_prob, after.noisy, after.latent, after.context.u, again.context.u)
     assert not any(t.requires_grad for t in tensors)
+
+
+def test_whatever_mode_others_are_in(tmp_path: Path) -> None:
+    """In inference mode it differentiates all the same; and threads at once leave torch's settings alone."""
+    world = toy_world(tmp_path / "world", BOX, denoiser_layers=0)
+    state = world.initial_state([1, 2])
+    plain = world.step(state, np.ones((2, 1), np.float32))[1]
+    with torch.inference_mode():
+        after, chunk = world.step(state, np.ones((2, 1), np.float32))
+        again = world.step(after, np.ones((2, 1), np.float32))[1]
+    assert torch.equal(chunk.latent, plain.latent)
+    assert torch.equal(world.step(after, np.ones((2, 1), np.float32))[1].latent, again.latent)
+    settings = torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.mem_efficient_sdp_enabled
+    before = [enabled() for enabled in settings]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: world.step(state, np.ones((2, 1), np.float32)), range(16)))
+    assert [enabled() for enabled in settings] == before
+
+
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_what_is_kept_knows_no_more_than_the_state(tmp_path: Path, window: int) -> None:
+    """A window shorter than the denoiser's reach: saved, or beside a session that keeps nothing, frames are the same."""
+    world = toy_world(tmp_path / "world", BOX, window=window, context=1, denoiser_layers=3, denoiser_window=2)
+    push = np.ones((1, 1), np.float32)
+    state, _ = world.reset([1])
+    for _ in range(5):
+        state, _ = world.step(state, push)
+    world.save_state(state, tmp_path / "state.safetensors")
+    other, _ = world.reset([2])
+    chunk = world.step(state, push)[1]
+    loaded = world.step(world.load_state(tmp_path / "state.safetensors"), push)[1]
+    beside = world.step(WorldState.concat([state, other]), push.repeat(2, 0))[1]
+    for same in (loaded.latent, beside.latent[:1]):
+        torch.testing.assert_close(same, chunk.latent, rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_is_near(tmp_path: Path) -> None:

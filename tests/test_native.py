@@ -8,7 +8,9 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,11 +18,12 @@ from torch import Tensor, nn
 from tests.toy import randomise, toy_flow, toy_world
 from worldmodel import native
 from worldmodel.codec.conv import ConvCodec, ConvCodecConfig, fast_layout
-from worldmodel.errors import InputError
+from worldmodel.errors import InputError, WorldModelError
 from worldmodel.flow.cache import KVCache, Page
 from worldmodel.flow.context import Context
 from worldmodel.flow.flow import Flow, Imagined
 from worldmodel.packed import Perceptron, narrow, pack
+from worldmodel.world import WorldModel
 
 BUILDS = {build for builds in native.LEVELS.values() for build in builds}
 
@@ -312,6 +315,28 @@ def test_a_world_without_kernels_is_the_same(
     # a state goes from one to the other
     _, onward = slow.step(after, action)
     assert near(onward.latent, fast.step(after, action)[1].latent, 1e-3)
+
+
+@pytest.mark.parametrize("where", ["proj_in", "qkv", "out", "up", "down", "proj_out", "K/V"])
+def test_what_is_not_a_number_is_never_a_likelihood(kernels: ctypes.CDLL, tmp_path: Path, where: str) -> None:
+    """A clamp, a comparison or a maximum could take NaN for a number."""
+    toy_world(tmp_path / "toy")
+    world = WorldModel.load(tmp_path / "toy")
+    state, _ = world.reset([1, 2])
+    world.step(state, np.zeros((2, 1), np.float32))
+    if where == "K/V":
+        state.context.cache.cohorts[0].segments[-1].kv[0, 0, 1, 0, 2, 5] = float("nan")
+    else:
+        world = WorldModel.load(tmp_path / "toy")
+        (weight, *_) = (
+            p
+            for name, p in world.flow.deep.transformer.named_parameters()
+            if name.endswith(f"{where}.weight")
+        )
+        weight[1, 1] = float("nan")
+    assert world.flow.native is not None
+    with pytest.raises(WorldModelError, match="not finite; the state is unchanged"):
+        world.step(state, np.zeros((2, 1), np.float32))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.full_disk import python, tiny_disk
 from tests.sessions import actions, contents, pictures, same_chunk, small_world, unchanged, walk
 from tests.toy import toy_world, write_toy
-from worldmodel.errors import CheckpointError, WorldModelError
+from worldmodel.errors import CheckpointError, InputError, WorldModelError
 from worldmodel.sampling import Sampling
 from worldmodel.state import WorldState
 from worldmodel.world import WorldModel
@@ -161,6 +161,28 @@ def test_select_and_concat_are_inverse(world: WorldModel) -> None:
 def test_select_out_of_range(world: WorldModel, indices: list[int]) -> None:
     with pytest.raises(IndexError, match="3 sessions"):
         world.initial_state([1, 2, 3]).select(indices)
+
+
+@pytest.mark.parametrize("indices", [[True, False, True], [0.0, 1.0], [[0], [1]], ["0"]])
+def test_a_mask_is_no_index(world: WorldModel, indices: list[object]) -> None:
+    with pytest.raises(InputError, match="expected a sequence of integers"):
+        world.initial_state([1, 2, 3]).select(indices)
+    with pytest.raises(InputError, match="expected a sequence of integers"):
+        world.initial_state([1, 2, 3]).select(np.array(indices))
+
+
+def test_batches_of_nothing(world: WorldModel) -> None:
+    with pytest.raises(InputError, match="no seeds"):
+        world.initial_state([])
+    with pytest.raises(InputError, match="expected at least one"):
+        WorldState.concat([])
+    with pytest.raises(IndexError, match="1 sessions"):
+        world.initial_state([1]).select([])
+    for seeds in ([1.9], ["1"]):
+        with pytest.raises(InputError, match="expected integers"):
+            world.initial_state(seeds)
+    with pytest.raises(InputError, match="indices into a bank"):
+        world.reset([1], starts=[0.9])
 
 
 @pytest.mark.parametrize("n", [0, -1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from tests.sessions import (
     walk,
 )
 from tests.toy import BOX, toy_world
-from worldmodel.errors import InputError
+from worldmodel import native
+from worldmodel.errors import InputError, WorldModelError
 from worldmodel.flow.affine import standard_normal_log_prob
 from worldmodel.flow.window import make_room
 from worldmodel.noise import OBSERVE, SCORE, normal
@@ -100,9 +102,10 @@ def test_the_map_is_laid_out_on_the_latent_grid(world: WorldModel) -> None:
     x[:, :, 1, 1] = 50.0
     _, chunk = world._commit(
         state,
-        world._room(state, world.spec.sampling),
+        world.flow.deep.reserve(world._room(state, world.spec.sampling)),
         world.flow.tokens(x[:, None]),
         None,
+        0.0,
     )
     assert chunk.log_prob_map[0].flatten().argmin() == 3
 
@@ -228,6 +231,98 @@ def test_inferred_noise_reproduces_the_chunk(world: WorldModel) -> None:
     assert (other.latent - imagined.latent).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(tolerance=0.0, guidance=2.0), Sampling(tolerance=0.0, context="rolling")],
+    ids=["guided", "rolling"],
+)
+def test_noise_is_the_samplers_own(world: WorldModel, sampling: Sampling) -> None:
+    """Under guidance or another rule of the window, noise given back or inferred makes the chunk again."""
+    a = actions(2, 10)
+    state, _, _ = walk(world, world.initial_state([1, 2]), a[:, :9], sampling)
+    _, chunk = world.step(state, a[:, 9], sampling)
+    _, again = world.step(state, a[:, 9], sampling, noise=chunk.noise)
+    assert (chunk.latent - again.latent).abs().max() < 1e-4
+    frames = pictures(world, 2)
+    noise = world.infer_noise(state, frames, a[:, 9], sampling)
+    after, real = world.observe(state, frames, a[:, 9], sampling)
+    made, _ = world.step(state, a[:, 9], sampling, noise=noise)
+    assert (world.flow.tokens(real.latent[:, None])[:, -1] - made.noisy[:, -1]).abs().max() < 1e-3
+    assert torch.equal(real.context_frames, chunk.context_frames)
+    assert (real.guided_log_prob is None) == (sampling.guidance == 0)
+    plain = world.score(state, frames, a[:, 9], sampling=replace(sampling, guidance=0.0))
+    score = world.score(state, frames, a[:, 9], sampling=sampling)
+    assert torch.equal(score.noise, real.noise) and torch.equal(score.log_prob, plain.log_prob)
+    assert torch.equal(score.noise_square, plain.noise_square)  # of the model, whoever samples
+    assert (sampling.guidance == 0) == torch.equal(score.noise, plain.noise)
+
+
+@policy
+def test_forks_of_a_window_of_one_frame(
+    tmp_path: Path, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rolled window of one frame leaves nothing that is shared."""
+    for kernels in (True, False):
+        if not kernels:
+            monkeypatch.setattr(native, "_found", lambda: None)
+        for guidance in (0.0, 1.0):
+            world = toy_world(tmp_path / f"{kernels}{guidance}", window=1, context=1)
+            rule = replace(sampling, guidance=guidance)
+            state, chunks, _ = walk(world, world.initial_state([1]), actions(1, 2), rule)
+            a = np.repeat(actions(1, 2, 1), 2, axis=0)
+            _, forked, _ = walk(world, state.fork(2), a, rule)
+            _, alone, _ = walk(world, state, a[:1], rule)
+            for mine, theirs in zip(alone, forked, strict=True):
+                assert torch.allclose(mine.log_prob, theirs.log_prob[:1], rtol=1e-4)
+
+
+def test_what_fails_leaves_no_trace(world: WorldModel) -> None:
+    """The pages of the past too: the next step goes on in place, as if nothing had been tried."""
+    a = actions(1, 4)
+    state, _, _ = walk(world, world.initial_state([1]), a[:, :3])
+    page = state.context.cache.cohorts[0].segments[-1].page
+    before = page.claimed
+    broken = copy.deepcopy(world)
+    for parameter in broken.heads.parameters():
+        parameter.fill_(float("nan"))
+    latent = torch.full((1, *world.latent_shape), float("nan"))
+    for fail in (
+        lambda: world.score(state, latent, a[:, 3]),
+        lambda: broken.step(state, a[:, 3]),
+        lambda: broken.observe(state, pictures(world, 1), a[:, 3]),
+    ):
+        with pytest.raises(WorldModelError, match="not finite"):
+            fail()
+        assert page.claimed == before
+    after, _ = world.step(state, a[:, 3])
+    assert after.context.cache.cohorts[0].segments[-1].page is page
+
+
+def test_noise_and_actions_of_another_kind(world: WorldModel) -> None:
+    state, a = world.initial_state([1]), actions(1, 1)
+    noise = torch.zeros(1, *world.latent_shape)
+    assert same_chunk(
+        world.step(state, a[:, 0], noise=noise.double())[1], world.step(state, a[:, 0], noise=noise)[1]
+    )
+    for wrong in (noise.numpy(), noise.long(), noise[0], noise + float("inf")):
+        with pytest.raises(InputError, match="noise has"):
+            world.step(state, a[:, 0], noise=wrong)
+    with pytest.raises(InputError, match="one for each chunk"):
+        world.rollout(state, None)
+    with pytest.raises(InputError, match="for 2 chunks"):
+        world.observe_clip(state, pictures(world, 1)[:, None].repeat(2, 1), a)
+
+
+def test_a_chunk_is_not_the_callers_array(world: WorldModel) -> None:
+    frames = pictures(world, 1)
+    kept = frames.copy()
+    _, chunk = world.observe(world.initial_state([1]), frames, actions(1, 1)[:, 0])
+    frames[:] = 0
+    assert np.array_equal(chunk.frames.numpy(), kept)
+    flipped = world.observe(world.initial_state([1]), kept[:, ::-1], actions(1, 1)[:, 0])[1]
+    assert np.array_equal(flipped.frames.numpy(), kept[:, ::-1])
+
+
 # ---- score -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("length", [0, 2, 6, 8])
 def test_score_is_observe_without_the_consequences(world: WorldModel, length: int) -> None:
@@ -293,7 +388,7 @@ def test_score_of_a_latent_and_of_given_noise(world: WorldModel) -> None:
     clean = world.score(state, latent[:, 0], a[:, 2], noise=torch.zeros_like(own))
     assert (clean.log_prob != given.log_prob).all()
     for wrong in ({"noise": own[:1]}, {"noise": own, "draws": 2}):
-        with pytest.raises(InputError, match="noise has shape"):
+        with pytest.raises(InputError, match="noise"):
             world.score(state, frames, a[:, 2], **wrong)
 
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 
 class Likelihood(NamedTuple):
-    """The exact density of a committed frame; the fields of `Chunk` with these names."""
+    """The exact density of a committed frame; the fields of `Chunk` with these names. model_noise: as ``noise``, under the
+    model's own map where that is not the sampler's.
+    """
 
     log_prob: Tensor
     guided_log_prob: Tensor | None
@@ -20,6 +22,11 @@ class Likelihood(NamedTuple):
     log_prob_map: Tensor
     noise: Tensor
     context_frames: Tensor
+    model_noise: Tensor
+
+    def of_chunk(self) -> dict[str, Any]:
+        """The fields of a `Chunk`."""
+        return {name: value for name, value in self._asdict().items() if name != "model_noise"}
 
 
 @dataclass(frozen=True)
@@ -32,9 +39,11 @@ class Chunk:
     under prompts ``log p(chunk | prompt, action) - log p(chunk | empty prompt, no action)`` in sessions that keep a past
     under the empty prompt (those of a world with guidance, and those guided once), else what the action alone gains;
     NaN where it was not asked for. log_prob_map: (B, h, w) nats a latent cell, summing to log_prob. noise: (B, C, h, w)
-    the z that x~ maps to; given back to `WorldModel.step` it reproduces the chunk. reward, termination: (B,). sweeps:
-    (B,) deep Jacobi sweeps, 0 for an observed chunk; residual: (B,) relative mean squared change of the last sweep.
-    context_frames: (B,) latent frames it was conditioned on.
+    the z that x~ maps to under the sampler, with its guidance; given back to `WorldModel.step` it reproduces the chunk.
+    reward, termination: (B,). sweeps: (B,) deep Jacobi sweeps, 0 for an observed chunk; residual: (B,) relative mean
+    squared change of the last sweep. context_frames: (B,) latent frames it was conditioned on.
+
+    Tensors are shared with the state that came with it; do not write to them.
     """
 
     frames: Tensor
@@ -62,8 +71,8 @@ class Score:
 
     log_prob: log-mean-exp over draws of the density of x~, nats. rate: mean over draws of -log_prob, nats a chunk.
     bits_per_dim: ``rate`` in bits per latent dimension. action_gain: mean over draws, nats. noise_square: mean over
-    draws and dimensions of z^2 (1 in expectation for what the model knows).
-    noise: (B, C, h, w) mean over draws of z, what of it the chunk and not the added noise has caused.
+    draws and dimensions of the model's z^2, without guidance (1 in expectation for what the model knows).
+    noise: (B, C, h, w) mean over draws of the sampler's z, what of it the chunk and not the added noise has caused.
     log_prob_map: (B, h, w) nats a latent cell, mean over draws, summing to ``-rate``.
     """
 
@@ -85,10 +94,17 @@ class Score:
             rate,
             rate / (draws[0].noise[0].numel() * math.log(2.0)),
             torch.stack([c.action_gain for c in draws]).mean(0),
-            torch.stack([c.noise.double().square().mean((1, 2, 3)).cpu() for c in draws]).mean(0),
+            torch.stack([c.model_noise.double().square().mean((1, 2, 3)).cpu() for c in draws]).mean(0),
             torch.stack([c.noise for c in draws]).mean(0),
             torch.stack([c.log_prob_map for c in draws]).mean(0),
         )
+
+
+def leaves_of(actions: Any) -> list[Any]:
+    """The arrays of actions (B, T, ...): one, those of a dict, or none."""
+    if isinstance(actions, Mapping):
+        return list(actions.values())
+    return [] if actions is None else [actions]
 
 
 def actions_at(actions: Any, t: int) -> Any:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from worldmodel.flow.affine import Affine, standard_normal_log_prob
 from worldmodel.flow.denoiser import SCORE_SCALE
@@ -33,8 +32,13 @@ def clean_frame(flow: Flow, grid: tuple[int, int], state: WorldState) -> tuple[T
     counts, features = state.steps.tolist(), state.context.features
     frames = min(max(counts), state.noisy.shape[1])
     known = None if features is None else features[:, -frames:]
-    score, kept = flow.denoiser.newest_and_kept(state.noisy[:, -frames:], grid, known, counts, state.denoiser)
-    return state.noisy[:, -1:] - SCORE_SCALE * score, kept
+    remembers = (
+        state.noisy.shape[1] >= flow.denoiser_reach
+    )  # else what is kept would know more than the state
+    score, kept = flow.denoiser.newest_and_kept(
+        state.noisy[:, -frames:], grid, known, counts, state.denoiser if remembers else None
+    )
+    return state.noisy[:, -1:] - SCORE_SCALE * score, kept if remembers else None
 
 
 def by_denoiser(flow: Flow, grid: tuple[int, int], state: WorldState) -> Tensor:
@@ -77,17 +81,17 @@ def by_score(flow: Flow, grid: tuple[int, int], state: WorldState) -> Tensor:
     and the condition, through the whole flow. A window that rolled counts as one that has just been encoded.
 
     Sessions are denoised one by one: none depends on another, and no more than one's activations are held (see
-    `worldmodel.plan`). Four to five times a commit's time on a CPU. Attention is spelt out: the fused kernels' backward
-    passes add up in any order on a GPU, and a replay would be another picture.
+    `worldmodel.plan`). Four to five times a commit's time on a CPU. Attention is spelt out, see `Attention.forward`: the
+    fused kernels' backward passes add up in any order on a GPU, and a replay would be another picture.
     """
     context, clean = state.context, []
     for row, count in enumerate(context.frames):
         here = slice(row, row + 1)
-        past = context.u[here, context.window - count : -1]
-        text = None if context.text is None else context.text[here]
-        features = None if context.features is None else context.features[here, -count:]
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            x = state.noisy[here, -1:].detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            past = context.u[here, context.window - count : -1].clone()
+            text = None if context.text is None else context.text[here].clone()
+            features = None if context.features is None else context.features[here, -count:].clone()
+            x = state.noisy[here, -1:].clone().requires_grad_()
             u, log_det = flow.shallow_forward(x, grid)
             deep = flow.deep.clip_parameters(torch.cat((past, u), dim=1), grid, text, features)
             newest = Affine(deep.mu[:, -1:], deep.sigma[:, -1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Sequence
 
@@ -23,7 +24,12 @@ def seed_tensor(seeds: Sequence[int]) -> Tensor:
     Raises:
         InputError: one that is no integer in [0, 2^63).
     """
-    values = [int(s) for s in seeds]
+    try:
+        values = [operator.index(s) for s in seeds]
+    except TypeError as error:
+        raise InputError(f"seeds {list(seeds)!r:.80}: expected integers") from error
+    if not values:
+        raise InputError("no seeds, expected one for each session")
     bad = [s for s in values if not 0 <= s < 1 << 63]
     if bad:
         raise InputError(f"seed {bad[0]} is out of range; expected an integer in [0, 2^63)")

@@ -44,9 +44,14 @@ def bank_index(
     size = len(starts["frames"])
     if chosen is None:
         chosen = [int(np.random.default_rng(int(s)).integers(size)) for s in seed_tensor(seeds)]
-    if len(chosen) != len(seeds) or any(not 0 <= int(i) < size for i in chosen):
-        raise InputError(f"starts {list(chosen)}: expected {len(seeds)} indices into a bank of {size}")
-    return np.asarray(chosen, dtype=np.int64)
+    index = np.asarray(chosen)
+    if (
+        index.dtype.kind not in "iu"
+        or index.shape != (len(seeds),)
+        or not ((index >= 0) & (index < size)).all()
+    ):
+        raise InputError(f"starts {list(chosen)!r:.80}: expected {len(seeds)} indices into a bank of {size}")
+    return index.astype(np.int64)
 
 
 def bank_chunks(starts: Mapping[str, np.ndarray], first_frames: int, chunk_frames: int) -> int:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from worldmodel.codec.base import CodecState
-from worldmodel.errors import CheckpointError
+from worldmodel.errors import CheckpointError, InputError
 from worldmodel.files import load_metadata, load_tensors, save_tensors
 from worldmodel.flow.cache import Cohort, KVCache, Page, Segment
 from worldmodel.flow.context import Context, repeat_rows
@@ -68,13 +69,15 @@ class WorldState:
     def fork(self, n: int) -> WorldState:
         """Each session becomes ``n`` consecutive ones that share its past; child 0 keeps the parent's noise.
 
-        The others, and those of later forks, get noise of their own: no two branches of a tree repeat each other.
+        The others, and those of child 0's later forks, get noise of their own. A state that is forked twice has the same
+        children twice; and so, step for step, does the noise of children of a state and of its own continuation: plans of
+        one session at successive steps compare their candidates under common random numbers.
 
         Raises:
-            ValueError: n < 1.
+            InputError: n < 1.
         """
         if n < 1:
-            raise ValueError(f"fork({n}): expected at least 1")
+            raise InputError(f"fork({n}): expected at least 1")
         if n == 1:
             return self
         parents = list(zip(self.branches.tolist(), self.forks.tolist(), strict=True))
@@ -99,10 +102,13 @@ class WorldState:
         """The given sessions, in that order; an index may come more than once.
 
         Raises:
-            IndexError: an index out of range.
+            IndexError: an index out of range, or none. InputError: something else than indices, as a mask is.
         """
-        rows = [int(i) for i in indices]
-        if any(not -self.rows <= i < self.rows for i in rows):
+        wanted = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
+        if wanted.size and (wanted.dtype.kind not in "iu" or wanted.ndim != 1):
+            raise InputError(f"select of {wanted.dtype} {wanted.shape}, expected a sequence of integers")
+        rows: list[int] = wanted.tolist()
+        if not rows or any(not -self.rows <= i < self.rows for i in rows):
             raise IndexError(f"select({rows}): this state has {self.rows} sessions")
         rows = [i % self.rows for i in rows]
         index = torch.tensor(rows, dtype=torch.int64)
@@ -127,8 +133,10 @@ class WorldState:
         """Sessions of several states of one world in one batch; K/V pages are shared, not copied.
 
         Raises:
-            InputError: some keep a past under the empty prompt and some do not, see `Context.concat`.
+            InputError: no states; or some keep a past under the empty prompt and some do not, see `Context.concat`.
         """
+        if not states:
+            raise InputError("concat of no states, expected at least one")
         if len(states) == 1:
             return states[0]
 

@@ -9,7 +9,7 @@ the codec make frames of an imagined one. The weights are `parts.WorldParts`, wh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldmodel.chunk import Chunk, Likelihood, Score, actions_at
+from worldmodel.chunk import Chunk, Likelihood, Score, actions_at, leaves_of
 from worldmodel.codec.base import CodecState
 from worldmodel.condition.spaces import pack_actions, prompt_key, prompts_of
 from worldmodel.denoising import clean_frame
@@ -35,6 +35,12 @@ from worldmodel.records import replace
 from worldmodel.sampling import Sampling
 from worldmodel.starting import bank_actions, bank_chunks, bank_index, captioned, chunks_of
 from worldmodel.state import WorldState
+
+
+def _check_finite(what: str, *tensors: Tensor) -> None:
+    """Raises WorldModelError where one has an element that is not finite."""
+    if not all(math.isfinite(float(tensor.sum(dtype=torch.float64))) for tensor in tensors):
+        raise WorldModelError(f"the model returned a {what} that is not finite; the state is unchanged")
 
 
 class WorldModel(WorldParts):
@@ -151,6 +157,11 @@ class WorldModel(WorldParts):
         """
         parts = self.chunks_of(frames) if frames.ndim == 5 else [frames[:, t] for t in range(frames.shape[1])]
         chunks = []
+        given = leaves_of(actions)
+        if any(np.ndim(a) < 2 or np.shape(a)[1] < len(parts) for a in given):
+            raise InputError(
+                f"actions of shape {np.shape(given[0])} for {len(parts)} chunks, expected (B, T, ...)"
+            )
         for t, part in enumerate(parts):
             state, chunk = self.observe(state, part, actions_at(actions, t))
             chunks.append(chunk)
@@ -189,12 +200,8 @@ class WorldModel(WorldParts):
         if noise is None:
             noise = normal(state.seeds, state.branches, state.steps, SAMPLE, self.latent_shape)
             noise = noise * sampling.temperature
-        elif tuple(noise.shape) != (state.rows, *self.latent_shape) or not torch.isfinite(noise).all():
-            raise InputError(
-                f"noise has shape {tuple(noise.shape)}, expected finite {(state.rows, *self.latent_shape)}"
-            )
-        w = self.flow.tokens(noise[:, None].to(self.device))[:, 0]
-        context = self._room(state, sampling, reserve=False)
+        w = self.flow.tokens(self._noise(noise, state.rows)[:, None])[:, 0]
+        context = self._room(state, sampling)
         made = self.flow.imagine(
             context,
             w,
@@ -203,37 +210,44 @@ class WorldModel(WorldParts):
             sampling.tolerance,
             want_unconditional=features is not None and action_gain,
         )
-        after, likelihood = self._advance(
-            state, context, made.context, made.x, made.u, made.log_det, made.terms, features
-        )
-        if not action_gain:
-            likelihood = likelihood._replace(action_gain=torch.full_like(likelihood.log_prob, math.nan))
-        clean, kept = clean_frame(self.flow, self.grid, after)
-        latent = self.flow.latents(clean, self.grid)[:, 0]
-        codec = state.codec
-        frames = torch.empty(state.rows, 0, *self.spec.frame_size, 3, dtype=torch.uint8)
-        if decode:
-            frames, codec = self.codec.decode(latent[:, None], codec)
-            if codec:  # a codec that remembers: its encoder has to see what was imagined
-                _, codec = self.codec.encode(frames, codec)
-        seen, outcome = self._judged(state, latent, packed, frames)
-        chunk = Chunk(
-            frames=frames,
-            latent=latent,
-            sweeps=made.sweeps,
-            residual=made.residual,
-            **outcome._asdict(),
-            **likelihood._asdict(),
-        )
-        return replace(after, latent=latent, codec=codec, denoiser=kept, seen=seen), chunk
+        with self.flow.deep.given_back(made.reserved):
+            after, likelihood = self._advance(
+                state, context, made.context, made.x, made.u, made.log_det, made.terms, features
+            )
+            if not action_gain:
+                likelihood = likelihood._replace(action_gain=torch.full_like(likelihood.log_prob, math.nan))
+            clean, kept = clean_frame(self.flow, self.grid, after)
+            latent = self.flow.latents(clean, self.grid)[:, 0]
+            codec = state.codec
+            frames = torch.empty(state.rows, 0, *self.spec.frame_size, 3, dtype=torch.uint8)
+            if decode:
+                frames, codec = self.codec.decode(latent[:, None], codec)
+                if codec:  # a codec that remembers: its encoder has to see what was imagined
+                    _, codec = self.codec.encode(frames, codec)
+            seen, outcome = self._judged(state, latent, packed, frames)
+            _check_finite("latent or reward", latent, outcome.reward, outcome.termination)
+            chunk = Chunk(
+                frames=frames,
+                latent=latent,
+                sweeps=made.sweeps,
+                residual=made.residual,
+                **outcome._asdict(),
+                **likelihood.of_chunk(),
+            )
+            return replace(after, latent=latent, codec=codec, denoiser=kept, seen=seen), chunk
 
     @torch.no_grad()
     def observe(
-        self, state: WorldState, frames: np.ndarray | Tensor, action: Any = None
+        self,
+        state: WorldState,
+        frames: np.ndarray | Tensor,
+        action: Any = None,
+        sampling: Sampling | None = None,
     ) -> tuple[WorldState, Chunk]:
         """Advance every session by a real chunk: frames (B, F, height, width, 3) uint8, caused by ``action``.
 
-        Leaves the state in the same form as `step`; the noise added to the latent is the session's own.
+        Leaves the state in the same form as `step` with this ``sampling`` (by default the world's own); the noise added to
+        the latent is the session's own.
 
         Raises:
             InputError: wrong shape, dtype or range.
@@ -243,20 +257,23 @@ class WorldModel(WorldParts):
         pixels, latent, codec = self._encode(state, frames)
         noise = normal(state.seeds, state.branches, state.steps, OBSERVE, self.latent_shape)
         x = self.flow.tokens((latent + self.flow.config.noise_std * noise.to(self.device))[:, None])
-        context = self._room(state, self.spec.sampling)
-        after, likelihood = self._commit(state, context, x, features)
-        if codec:  # and its decoder what was observed
-            _, codec = self.codec.decode(latent[:, None], codec)
-        seen, outcome = self._judged(state, latent, packed, pixels)
-        chunk = Chunk(
-            frames=pixels,
-            latent=latent,
-            sweeps=torch.zeros(state.rows, dtype=torch.int64),
-            residual=torch.zeros(state.rows),
-            **outcome._asdict(),
-            **likelihood._asdict(),
-        )
-        return replace(after, latent=latent, codec=codec, denoiser=None, seen=seen), chunk
+        sampling = sampling or self.spec.sampling
+        context = self.flow.deep.reserve(self._room(state, sampling))
+        with self.flow.deep.given_back(context):
+            after, likelihood = self._commit(state, context, x, features, sampling.guidance)
+            if codec:  # and its decoder what was observed
+                _, codec = self.codec.decode(latent[:, None], codec)
+            seen, outcome = self._judged(state, latent, packed, pixels)
+            _check_finite("reward", outcome.reward, outcome.termination)
+            chunk = Chunk(
+                frames=pixels,
+                latent=latent,
+                sweeps=torch.zeros(state.rows, dtype=torch.int64),
+                residual=torch.zeros(state.rows),
+                **outcome._asdict(),
+                **likelihood.of_chunk(),
+            )
+            return replace(after, latent=latent, codec=codec, denoiser=None, seen=seen), chunk
 
     @torch.no_grad()
     def score(
@@ -266,10 +283,12 @@ class WorldModel(WorldParts):
         action: Any = None,
         draws: int = 1,
         noise: Tensor | None = None,
+        sampling: Sampling | None = None,
     ) -> Score:
         """How likely a real chunk is, without changing anything; see `Score`. Draw 0 is what `observe` would add.
 
-        ``frames`` as in `observe`, or their latent (B, C, h, w) float32 as in `Chunk.latent`, which spares the codec.
+        ``frames``, ``sampling`` as in `observe`; or the frames' latent (B, C, h, w) float32 as in `Chunk.latent`, which
+        spares the codec.
         ``noise``: (B, C, h, w) is added, times the model's noise level, in place of the session's own; zero noise gives
         the density at the latent itself.
 
@@ -278,37 +297,45 @@ class WorldModel(WorldParts):
         """
         if draws < 1:
             raise InputError(f"draws is {draws}, expected at least 1")
-        if noise is not None and (draws > 1 or tuple(noise.shape) != (state.rows, *self.latent_shape)):
-            raise InputError(
-                f"noise has shape {tuple(noise.shape)} for {draws} draws, expected {(state.rows, *self.latent_shape)} for 1"
-            )
+        if noise is not None and draws > 1:
+            raise InputError(f"one given noise for {draws} draws, expected 1 draw")
         packed, features = self._action(action, state.rows)
         state = self._told(state, action)
         if isinstance(frames, Tensor) and tuple(frames.shape) == (state.rows, *self.latent_shape):
             latent = frames.to(self.device, torch.float32)
         else:
             _, latent, _ = self._encode(state, frames)
-        context = self._room(state, self.spec.sampling, reserve=False, look_ahead=False)
+        sampling = sampling or self.spec.sampling
+        context = self._room(state, sampling, look_ahead=False)
         results = []
         for draw in range(draws):
             stream = OBSERVE if draw == 0 else SCORE
             drawn = noise
             if drawn is None:
                 drawn = normal(state.seeds, state.branches, state.steps, stream, self.latent_shape, draw)
-            x = self.flow.tokens((latent + self.flow.config.noise_std * drawn.to(self.device))[:, None])
+            drawn = self._noise(drawn, state.rows)
+            x = self.flow.tokens((latent + self.flow.config.noise_std * drawn)[:, None])
             reserved = self.flow.deep.reserve(context)
-            _, likelihood = self._commit(state, reserved, x, features)
-            self.flow.deep.release(reserved)
+            try:
+                _, likelihood = self._commit(state, reserved, x, features, sampling.guidance)
+            finally:
+                self.flow.deep.release(reserved)
             results.append(likelihood)
         return Score.over(results)
 
-    def infer_noise(self, state: WorldState, frames: np.ndarray | Tensor, action: Any = None) -> Tensor:
-        """The noise (B, C, h, w) under which `step` from this state imagines this chunk's latent.
+    def infer_noise(
+        self,
+        state: WorldState,
+        frames: np.ndarray | Tensor,
+        action: Any = None,
+        sampling: Sampling | None = None,
+    ) -> Tensor:
+        """The noise (B, C, h, w) under which `step` from this state, with this ``sampling``, imagines this chunk's latent.
 
         Up to the solver's tolerance. It is that of the latent itself: what `observe` adds is no part of what happened.
         """
         silent = torch.zeros(state.rows, *self.latent_shape)
-        return self.score(state, frames, action, noise=silent).noise
+        return self.score(state, frames, action, noise=silent, sampling=sampling).noise
 
     def rollout(
         self,
@@ -318,8 +345,17 @@ class WorldModel(WorldParts):
         decode: bool = True,
         action_gain: bool = True,
     ) -> tuple[WorldState, list[Chunk]]:
-        """Imagine T chunks: ``actions`` (B, T, ...), or a dict of such arrays. ``decode``, ``action_gain``: see `step`."""
-        horizon = np.shape(next(iter(actions.values())) if isinstance(actions, Mapping) else actions)[1]
+        """Imagine T chunks: ``actions`` (B, T, ...), or a dict of such arrays. ``decode``, ``action_gain``: see `step`.
+
+        Raises:
+            InputError, WorldModelError: as `step`.
+        """
+        given = leaves_of(actions)
+        if not given or np.ndim(given[0]) < 2:
+            raise InputError(
+                "actions must be (B, T, ...), or a dict of such arrays: one for each chunk to imagine"
+            )
+        horizon = np.shape(given[0])[1]
         chunks = []
         for t in range(horizon):
             state, chunk = self.step(
@@ -370,10 +406,20 @@ class WorldModel(WorldParts):
             return packed, None
         return packed, with_rows(self.actions.layers.least_rows, self.actions, packed)[:, None]
 
+    def _noise(self, noise: Tensor, rows: int) -> Tensor:
+        """Noise (B, C, h, w) as float32 where the weights are. Raises InputError where it is something else."""
+        expected = (rows, *self.latent_shape)
+        if not (isinstance(noise, Tensor) and noise.is_floating_point() and tuple(noise.shape) == expected):
+            found = f"shape {tuple(np.shape(noise))} and type {type(noise).__name__}"
+            raise InputError(f"noise has {found}, expected a tensor of floats {expected}")
+        if not torch.isfinite(noise).all():
+            raise InputError("noise has values that are not finite")
+        return noise.to(self.device, torch.float32)
+
     def _encode(self, state: WorldState, frames: np.ndarray | Tensor) -> tuple[Tensor, Tensor, CodecState]:
         expected = (state.rows, self.next_frames(state), *self.spec.frame_size, 3)
-        try:
-            pixels = torch.as_tensor(frames)
+        try:  # of its own: whoever gave the array may write to it again
+            pixels = frames.clone() if isinstance(frames, Tensor) else torch.from_numpy(np.array(frames))
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"frames are of type {type(frames).__name__}, expected a uint8 array of shape {expected}"
@@ -414,24 +460,24 @@ class WorldModel(WorldParts):
             return state
         return replace(state, context=with_unconditional(self.flow, self.prompts, state.context))
 
-    def _room(
-        self, state: WorldState, sampling: Sampling, reserve: bool = True, look_ahead: bool = True
-    ) -> Context:
+    def _room(self, state: WorldState, sampling: Sampling, look_ahead: bool = True) -> Context:
         if not self.spec.fps and bool(state.steps.any()):
             raise InputError(
                 f"{self.spec.name} makes pictures: nothing comes after one; begin another session for another picture"
             )
         keep = self.flow.config.context if sampling.context == "reencode" else None
         context = state.context if self.prompts is None else continued(self.prompts, state)
-        context = make_room(self.flow.deep, context, keep, look_ahead)
-        return self.flow.deep.reserve(context) if reserve else context
+        return make_room(self.flow.deep, context, keep, look_ahead)
 
     def _commit(
-        self, state: WorldState, context: Context, x: Tensor, features: Tensor | None
+        self, state: WorldState, context: Context, x: Tensor, features: Tensor | None, guidance: float
     ) -> tuple[WorldState, Likelihood]:
         """Real noisy tokens x (B, 1, N, D) to the next state and exact terms; ``context`` is reserved."""
         u, log_det = self.flow.shallow_forward(x, self.grid)
-        after, terms = self.flow.deep.commit(context, u, features, want_unconditional=features is not None)
+        told = features is not None or context.uncond is not None
+        after, terms = self.flow.deep.commit(
+            context, u, features, guidance if told else 0.0, features is not None
+        )
         return self._advance(state, context, after, x, u, log_det, terms, features)
 
     def _advance(
@@ -450,10 +496,10 @@ class WorldModel(WorldParts):
         """
         z, elements, nats = density(u, terms.maps, log_det)
         log_prob = nats[0]
-        if not math.isfinite(sum(log_prob.tolist())):
-            raise WorldModelError(
-                "the model returned a likelihood that is not finite; the state is unchanged"
-            )
+        _check_finite("likelihood", log_prob)
+        noise = model_noise = self.flow.latents(z, self.grid)[:, 0]
+        if terms.guided is not None:
+            noise = self.flow.latents(terms.guided.forward(u), self.grid)[:, 0]
         unconditional = nats[1] if len(nats) > 1 else None
         likelihood = Likelihood(
             log_prob,
@@ -462,8 +508,9 @@ class WorldModel(WorldParts):
             if unconditional is None or (features is None and context.uncond is None)
             else log_prob - unconditional,
             self.flow.latents(elements, self.grid)[:, 0].sum(1),
-            self.flow.latents(z, self.grid)[:, 0],
+            noise,
             torch.from_numpy(np.array(context.frames)),
+            model_noise,
         )
         history = appended(state.noisy, x)
         state = replace(

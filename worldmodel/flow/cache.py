@@ -162,13 +162,12 @@ class Cohort:
             left -= drop
             start = segment.start + skip + drop
             skip = 0
-            if start < segment.stop or segment is self.segments[-1]:
+            if start < segment.stop or (segment is self.segments[-1] and segment.fold == 1):
                 segments.append(replace(segment, start=start))
         if prefix_kv is not None:
-            head = segments[0]
-            stored = prefix_kv[:, :, :: head.fold]
-            joined = torch.cat((stored, head.kv), dim=-2)
-            segments[0] = Segment(Page(joined, joined.shape[-2]), 0, joined.shape[-2], head.fold)
+            fold = segments[0].fold if segments else 1
+            joined = torch.cat((prefix_kv[:, :, ::fold], *(s.kv for s in segments[:1])), dim=-2)
+            segments[:1] = [Segment(Page(joined, joined.shape[-2]), 0, joined.shape[-2], fold)]
         return replace(self, frames=self.frames - frames, first=self.first + frames, segments=tuple(segments))
 
 

@@ -8,7 +8,8 @@ solved by Jacobi (`solve`) followed by one causal pass over the accepted tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -168,6 +169,15 @@ class DeepBlock(Block):
             cache=KVCache(tuple(map(grow, context.cache.cohorts))),
             uncond=None if context.uncond is None else KVCache(tuple(map(grow, context.uncond.cohorts))),
         )
+
+    @contextmanager
+    def given_back(self, reserved: Context, frames: int = 1) -> Iterator[None]:
+        """`release` where what is done meanwhile fails: the state that was to go on is then as it was."""
+        try:
+            yield
+        except BaseException:
+            self.release(reserved, frames)
+            raise
 
     def release(self, context: Context, frames: int = 1) -> None:
         """Give back what `reserve` claimed."""

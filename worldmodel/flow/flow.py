@@ -111,12 +111,13 @@ class Density(NamedTuple):
 
 
 class Imagined(NamedTuple):
-    """What `Flow.imagine` yields: the context after the frame; its noisy tokens x and deep-block inputs u, (B, 1, N, D);
-    the elementwise log-determinant of the shallow blocks at x, and the deep block's maps at u; Jacobi sweeps (B,) of the
-    deep block, and the residual (B,) of the last.
+    """What `Flow.imagine` yields: the context after the frame, and as it was reserved for it; its noisy tokens x and
+    deep-block inputs u, (B, 1, N, D); the elementwise log-determinant of the shallow blocks at x, and the deep block's maps
+    at u; Jacobi sweeps (B,) of the deep block, and the residual (B,) of the last.
     """
 
     context: Context
+    reserved: Context
     x: Tensor
     u: Tensor
     log_det: Tensor
@@ -128,6 +129,11 @@ class Imagined(NamedTuple):
 ONE_BY_ONE = 8
 """Frames of at most so many tokens are inverted token by token: Jacobi takes about as many sweeps to the default
 tolerance, each over the whole frame, and a commit after them."""
+
+
+def _no_sweeps(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Passes and residual of a frame (B, N, D) that is inverted token by token: one for each, and none."""
+    return torch.full((len(w),), w.shape[1], device=w.device), torch.zeros(len(w), device=w.device)
 
 
 class Flow(Packable):
@@ -250,36 +256,56 @@ class Flow(Packable):
         want_unconditional: bool = False,
     ) -> Imagined:
         """Noise w (B, N, D) to the next frame, committed; ``context`` has room for it. See `DeepBlock.commit`."""
-        grid = context.grid
-        if w.shape[1] <= ONE_BY_ONE:
-            sweeps = torch.full((len(w),), w.shape[1], device=w.device)
-            residual = torch.zeros(len(w), device=w.device)
-            native = self.native
-            if native is not None and context.uncond is None and guidance == 0 and w.dtype == torch.float32:
-                reserved = self.deep.reserve(context)
-                acts = None if features is None else features[:, 0]
-                past, alone = (
-                    self.deep.past(reserved, reserved.cache, 1),
-                    [b.alone(len(w), grid) for b in reversed(self.shallow_blocks)],
-                )
-                made = native.invert(past, w, acts, 2 if want_unconditional else 1, alone)
-                x, u, log_det = (y[:, None] for y in (made.x, made.u, made.log_det))
-                terms = Committed(Affine(*(each[:, :, None] for each in made.maps)))
-                after = self.deep.extended(reserved, u, features)
-                return Imagined(after, x, u, log_det, terms, sweeps, residual)
-            reserved = self.deep.reserve(context, 2)
-            after, u, terms = self.deep.invert(reserved, w, features, guidance, want_unconditional)
-            x, log_det = u, torch.zeros_like(u)
-            for block in reversed(self.shallow_blocks):
-                x, term = block.invert_frame(x, grid)
-                log_det = log_det + term
-            return Imagined(after, x[:, None], u[:, None], log_det[:, None], terms, sweeps, residual)
-        reserved = self.deep.reserve(context)
-        solved = self.deep.solve(reserved, w, features, guidance, tolerance)
-        x, _ = self.shallow_inverse(solved.v[:, None], grid, tolerance)
-        u, log_det = self.shallow_forward(x, grid)  # of x as it came out: exact, whatever the tolerance
-        after, terms = self.deep.commit(reserved, u, features, guidance, want_unconditional)
-        return Imagined(after, x, u, log_det, terms, solved.sweeps, solved.residual)
+        alone = w.shape[1] <= ONE_BY_ONE
+        native = self.native if alone and context.uncond is None and guidance == 0 else None
+        frames = 2 if alone and (native is None or w.dtype != torch.float32) else 1
+        reserved = self.deep.reserve(context, frames)
+        with self.deep.given_back(reserved, frames):
+            if frames == 2:
+                return self._one_by_one(reserved, w, features, guidance, want_unconditional)
+            if native is not None:
+                return self._natively(native, reserved, w, features, want_unconditional)
+            solved = self.deep.solve(reserved, w, features, guidance, tolerance)
+            x, _ = self.shallow_inverse(solved.v[:, None], context.grid, tolerance)
+            u, log_det = self.shallow_forward(
+                x, context.grid
+            )  # of x as it came out: exact, whatever the tolerance
+            after, terms = self.deep.commit(reserved, u, features, guidance, want_unconditional)
+            return Imagined(after, reserved, x, u, log_det, terms, solved.sweeps, solved.residual)
+
+    def _natively(
+        self,
+        native: NativeFlow,
+        reserved: Context,
+        w: Tensor,
+        features: Tensor | None,
+        want_unconditional: bool,
+    ) -> Imagined:
+        """`imagine` token by token, by the kernels."""
+        acts = None if features is None else features[:, 0]
+        past = self.deep.past(reserved, reserved.cache, 1)
+        alone = [b.alone(len(w), reserved.grid) for b in reversed(self.shallow_blocks)]
+        made = native.invert(past, w, acts, 2 if want_unconditional else 1, alone)
+        x, u, log_det = (y[:, None] for y in (made.x, made.u, made.log_det))
+        terms = Committed(Affine(*(each[:, :, None] for each in made.maps)))
+        after = self.deep.extended(reserved, u, features)
+        return Imagined(after, reserved, x, u, log_det, terms, *_no_sweeps(w))
+
+    def _one_by_one(
+        self,
+        reserved: Context,
+        w: Tensor,
+        features: Tensor | None,
+        guidance: float,
+        want_unconditional: bool,
+    ) -> Imagined:
+        """`imagine` token by token, by torch."""
+        after, u, terms = self.deep.invert(reserved, w, features, guidance, want_unconditional)
+        x, log_det = u, torch.zeros_like(u)
+        for block in reversed(self.shallow_blocks):
+            x, term = block.invert_frame(x, reserved.grid)
+            log_det = log_det + term
+        return Imagined(after, reserved, x[:, None], u[:, None], log_det[:, None], terms, *_no_sweeps(w))
 
     @property
     def native(self) -> NativeFlow | None:

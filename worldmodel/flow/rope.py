@@ -67,6 +67,7 @@ def frame_rotary(
 
 @torch.compiler.assume_constant_result  # else a compiled training step computes them anew in every layer
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # whoever asks first, others may differentiate through them
 def _frame_tables(
     grid: tuple[int, int], first: int, frames: int, scale: float, head_dim: int, device: torch.device
 ) -> Tensor:
@@ -104,6 +105,7 @@ def text_rotary(length: int, first: int, scale: float, head_dim: int, device: to
 
 @torch.compiler.assume_constant_result
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _text_tables(length: int, first: int, scale: float, head_dim: int, device: torch.device) -> Tensor:
     third = first + torch.arange(length, dtype=torch.float64) / length * scale
     zero = torch.zeros_like(third)

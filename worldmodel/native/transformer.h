@@ -139,8 +139,7 @@ INLINE void rotate(const float *x, const float *turn, int size, float scale, flo
 /* One query (K) over n keys. The lists go on, up to a multiple of LANES, with pointers that may be read. */
 static __attribute__((unused)) void attend(const float *query, const float **keys, const float **values, int n, int size, float *logits, float *out)
 {
-    const vec lowest = splat(-INFINITY);
-    vec top = lowest, total = {0};
+    vec top = splat(-INFINITY), total = {0};
     for (int j = 0; j < n; j += LANES) {
         vec row[LANES];
         UNROLL for (int k = 0; k < LANES; k++) row[k] = load(query) * load(keys[j + k]);
@@ -156,7 +155,7 @@ static __attribute__((unused)) void attend(const float *query, const float **key
     }
     const float most = largest(top);
     for (int j = 0; j < n; j += LANES) {
-        vec logit = load(logits + j), weight = choose(below(lowest, logit), exponential(logit - most), splat(0.0f));
+        vec weight = exponential(load(logits + j) - most);
         total += weight;
         store(logits + j, weight);
     }

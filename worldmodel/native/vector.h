@@ -42,6 +42,7 @@ INLINE vec absolute(vec x) { return (vec)((ivec)x & 0x7fffffff); }
 typedef __mmask16 mask;
 INLINE mask below(vec a, vec b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ); }
 INLINE vec choose(mask m, vec yes, vec no) { return (vec)_mm512_mask_blend_ps(m, (__m512)no, (__m512)yes); }
+/* Of `minimum` and `maximum` the second, where either is not a number. */
 INLINE vec minimum(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
 INLINE vec maximum(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE vec estimate(vec x) { return (vec)_mm512_rcp14_ps((__m512)x); }
@@ -107,12 +108,12 @@ INLINE float largest(vec v)
     return part[0];
 }
 
-/* ---- elementary functions: relative errors of about 1e-7 ------------------------------------------------------------ */
+/* ---- elementary functions: relative errors of about 1e-7; not a number stays what it is ------------------------------ */
 
 /* e^x; x is clamped to [-87, 88]. */
 INLINE vec exponential(vec x)
 {
-    x = minimum(maximum(x, splat(-87.0f)), splat(88.0f));
+    x = minimum(splat(88.0f), maximum(splat(-87.0f), x));
     const vec magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
     vec n = (x * 1.44269504f + magic) - magic;
     vec r = x - n * 0.693145752f;
@@ -152,7 +153,7 @@ INLINE vec softplus(vec x)
 {
     vec e = exponential(x), u = e + 1.0f;
     vec lost = (e - (u - 1.0f)) / u; /* what rounding u lost */
-    return choose(below(splat(20.0f), x), x, logarithm(u) + lost);
+    return choose(below(x, splat(20.0f)), logarithm(u) + lost, x);
 }
 
 INLINE vec hyperbolic_tangent(vec x)
@@ -167,7 +168,7 @@ INLINE vec hyperbolic_tangent(vec x)
     vec small = x + x * z * p;
     vec large = 1.0f - 2.0f / (exponential(2.0f * a) + 1.0f);
     large = choose(below(x, splat(0.0f)), -large, large);
-    return choose(below(z, splat(0.4f)), small, large);
+    return choose(below(splat(0.4f), z), large, small);
 }
 
 /* x Phi(x), with Phi the standard normal distribution function (the exact GELU): x / 2 (1 + erf(x / sqrt 2)), and erf(y) / y
