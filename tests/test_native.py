@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tests.toy import randomise, toy_flow, toy_world
 from worldmodel import native
-from worldmodel.codec.conv import ConvCodec, ConvCodecConfig, fast_layout
+from worldmodel.codec.conv import ConvCodec, ConvCodecConfig, channels_last
 from worldmodel.errors import InputError, WorldModelError
 from worldmodel.flow.cache import KVCache, Page
 from worldmodel.flow.context import Context
@@ -220,7 +220,7 @@ def test_frames_are_torchs_but_for_ties(
     randomise(plain, 0)
     plain.background.uniform_(0, 255, generator=torch.Generator().manual_seed(1))
     round_to(plain, stored)
-    packed = fast_layout(copy.deepcopy(plain))
+    packed = channels_last(copy.deepcopy(plain))
     pack(packed)
     assert packed.native is not None
     latents = draw(9, 1, *plain.config.latent_shape, seed=2)
@@ -245,7 +245,7 @@ def test_latents_are_torchs(
     plain.latent_mean.uniform_(-1, 1, generator=generator)
     plain.latent_std.uniform_(0.5, 2, generator=generator)
     round_to(plain, stored)
-    packed = fast_layout(copy.deepcopy(plain))
+    packed = channels_last(copy.deepcopy(plain))
     pack(packed)
     shape = 9, 2 * plain.config.frames, *plain.background.shape[1:], 3
     frames = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)

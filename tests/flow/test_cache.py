@@ -313,7 +313,7 @@ def test_evict_of_forks_replaces_the_prefix_once() -> None:
 
 
 def test_empty_cache() -> None:
-    cache = KVCache.empty(3)
+    cache = KVCache((Cohort(3, 0, 0, ()),))
     assert cache.rows == 3 and cache.frames == [0, 0, 0] and cache.nbytes == 0
 
 

@@ -293,12 +293,7 @@ def load_codec(path: Path, config: ConvCodecConfig) -> ConvCodec:
             f"{path} does not fit its configuration: missing {missing}, unknown {extra}, misshapen {misfits}"
         )
     codec.load_state_dict(tensors)
-    return fast_layout(codec).requires_grad_(False).eval()
-
-
-def fast_layout(codec: ConvCodec) -> ConvCodec:
-    """The same codec with its kernels in the layout that convolutions on a CPU are fastest in."""
-    return channels_last(codec)
+    return channels_last(codec).requires_grad_(False).eval()
 
 
 def channels_last(codec: ConvCodec) -> ConvCodec:

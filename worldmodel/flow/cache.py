@@ -52,11 +52,6 @@ class Segment:
         """View (layers, 2, rows / fold, H, tokens, K)."""
         return self.page.kv[:, :, :, :, self.start : self.stop]
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (rows / fold, H, tokens, K) of one layer."""
-        kv = self.page.kv[index]
-        return kv[0, :, :, self.start : self.stop], kv[1, :, :, self.start : self.stop]
-
 
 def _grown(kv: Tensor, capacity: int) -> Page:
     """A new page that begins with a copy of ``kv`` and has room for ``capacity`` tokens."""
@@ -206,11 +201,6 @@ class KVCache:
     """The past of a batch: cohorts in row order."""
 
     cohorts: tuple[Cohort, ...]
-
-    @classmethod
-    def empty(cls, rows: int) -> KVCache:
-        """No past, ``rows`` rows."""
-        return cls((Cohort(rows, 0, 0, ()),))
 
     @property
     def rows(self) -> int:

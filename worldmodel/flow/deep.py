@@ -202,18 +202,14 @@ class DeepBlock(Block):
         per_frame, tokens = context.u.shape[2], v.shape[1]
         if t.native is not None and v.dtype == torch.float32:
             frames = tokens // per_frame
-            raster = rearrange(
-                self.to_raster(rearrange(v, "b (t n) d -> b t n d", n=per_frame)), "b t n d -> b (t n) d"
+
+            def turned(x: Tensor) -> Tensor:  # each frame from own order to raster, or back
+                return self.to_own(x.unflatten(1, (frames, per_frame))).flatten(1, 2)
+
+            affine = t.native.extend(
+                self.order, self.past(context, cache, frames), turned(v), features, frames
             )
-            affine = t.native.extend(self.order, self.past(context, cache, frames), raster, features, frames)
-            return Affine(
-                *(
-                    rearrange(
-                        self.to_own(rearrange(a, "b (t n) d -> b t n d", n=per_frame)), "b t n d -> b (t n) d"
-                    )
-                    for a in affine
-                )
-            )
+            return Affine(*map(turned, affine))
         rooms = [Room(c, tokens) for c in cache.cohorts]
         run = plan_run(rooms, self._turns(context, cache, tokens // per_frame), tokens, 1, 0, tokens)
         x = t.embed(self.shifted(v, self._before(context)), _spread(features, per_frame))

@@ -25,7 +25,7 @@ from worldmodel.codec.conv import (
     PIXEL_SCALE,
     ConvCodec,
     ConvCodecConfig,
-    fast_layout,
+    channels_last,
     load_codec,
     round_weights,
     save_codec,
@@ -116,7 +116,7 @@ class CodecStage:
         self.codec = ConvCodec(config.model)
         if start is not None:
             self.codec.load_state_dict(start.state_dict())
-        fast_layout(self.codec)
+        channels_last(self.codec)
         self.codec.background.copy_(median_background(split) if start is None else start.background)
         self.places = places(split, config.model.frames)
         self.moving = pixel_motion(split, config.model.frames) if config.motion else None
