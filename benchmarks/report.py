@@ -108,6 +108,12 @@ def sections(world: WorldModel, options: Options, peak: Row) -> dict[str, Sectio
             "floor: the sweep's FLOPs at the matrix peak; k sweeps and a commit, deep and shallow, and a denoised frame",
             lambda: shapes.by_shape(world.device, 2 if quick else 5, peak["peak gflops"]),
         ),
+        "computed": Section(
+            "a deep sweep of the 7B model at 480 x 848 with guidance, computed, not run",
+            "at 790 TFLOP/s and 4.3 TB/s, measured on an H200. floor: of its FLOPs alone; one by one: each operation at\n"
+            "its FLOPs or its bytes, whichever takes longer, as if its products reached that peak and nothing was fused",
+            shapes.computed,
+        ),
         "tolerance": Section(
             "the solver's tolerance: error against the exact inverse, Jacobi also where frames are short",
             "a row stops when its squared change is below the tolerance, relative to its square: sqrt(tolerance) is the\n"

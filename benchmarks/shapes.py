@@ -1,13 +1,20 @@
-"""Larger flows with random weights, sweep by sweep: what a step of a 300M and of the 7B model costs on this machine."""
+"""Larger flows with random weights, sweep by sweep: what a step of a 300M and of the 7B model costs on this machine, and
+what operations a sweep of the 7B model is made of, whatever the machine.
+"""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from benchmarks.measure import Row, flops, interleaved
@@ -126,6 +133,70 @@ def _of_shape(shape: Shape, device: torch.device, repeats: int, peak: float) -> 
                 "shallow sweep ms": 1e3 * median["shallow"],
                 "denoise ms": 1e3 * median["denoise"],
                 **{f"steps/s, {k} sweeps": _rate(k, **median) for k in (1, 2, 4, 8)},
+            }
+        )
+    return rows
+
+
+H200 = 790e12, 4.3e12
+"""FLOP/s of bfloat16 products and bytes a second of such a card, as they were measured on one."""
+
+
+class _Operations(TorchDispatchMode):
+    """Within, adds up the FLOPs of torch's operations and the seconds that they take at these rates, one after the other:
+    each at its FLOPs or at the bytes of its operands and results, whichever is more.
+    """
+
+    def __init__(self, rate: float, bandwidth: float) -> None:
+        super().__init__()
+        self.rate, self.bandwidth = rate, bandwidth
+        self.flops, self.seconds, self.count = 0, 0.0, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        aliases = [r.alias_info for r in func._schema.returns]
+        view = any(a is not None and not a.is_write for a in aliases) or func.overloadpacket.__name__ in (
+            "_unsafe_view",
+            "empty",
+            "new_empty",
+        )
+        if not view:
+            moved = sum(t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor))
+            formula = flop_registry.get(func.overloadpacket)
+            work = formula(*args, **(kwargs or {}), out_val=out) if formula else 0
+            self.flops += work
+            self.seconds += max(work / self.rate, moved / self.bandwidth)
+            self.count += 1
+        return out
+
+
+@torch.no_grad()
+def computed() -> list[Row]:
+    """Of a deep sweep of the 7B model with guidance, without running it: its FLOPs and what its operations would take on
+    an H200 one by one, none of them fused, as they are run.
+    """
+    shape, meta = shapes(torch.device("cuda"))[1], torch.device("meta")
+    with meta:
+        flow = Flow(shape.config)
+    flow = flow.to(shape.dtype).requires_grad_(False)
+    v = torch.empty(1, shape.grid[0] * shape.grid[1], flow.config.token_dim, device=meta)
+    rows: list[Row] = []
+    for frames in tqdm(shape.contexts, desc="7B, computed", leave=False):
+        context = flow.deep.reserve(_filled(flow, shape, frames, meta))
+        with _Operations(*H200) as done:
+            for _ in range(2):  # with the prompt and without
+                flow.deep._run(v, context, context.cache, None)
+        floor = done.flops / H200[0]
+        rows.append(
+            {
+                "context": frames,
+                "TFLOP": done.flops / 1e12,
+                "floor ms": 1e3 * floor,
+                "operations": done.count,
+                "one by one ms": 1e3 * done.seconds,
+                "x floor": done.seconds / floor,
             }
         )
     return rows

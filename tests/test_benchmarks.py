@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import baseline, dial, long_runs, steps
+from benchmarks import baseline, dial, long_runs, shapes, steps
 from benchmarks.ablation import (
     float32_weights,
     jacobi_and_commit,
@@ -174,6 +174,18 @@ def test_memory_of_a_session_is_flat() -> None:
     assert len({row["state kB"] for row in rows}) <= small_world().flow.config.window
     assert max(row["pages kB"] for row in rows[1:]) <= 2 * max(row["pages kB"] for row in rows[:2])
     assert all(row["process MB"] > 10 for row in rows)
+
+
+def test_the_large_sweep_is_little_more_than_its_products() -> None:
+    """Its work is the published model's (52 TFLOP at 11 frames of context, two streams), and no operation is a mask, a copy
+    of the past or anything else of its size.
+    """
+    rows = {row["context"]: row for row in shapes.computed()}
+    assert rows[11]["TFLOP"] == pytest.approx(52, rel=0.1)
+    assert all(1.0 < row["x floor"] < 1.25 for row in rows.values())
+    assert rows[20]["one by one ms"] - rows[20]["floor ms"] < 1.05 * (
+        rows[1]["one by one ms"] - rows[1]["floor ms"]
+    )
 
 
 def test_reports_as_tables_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

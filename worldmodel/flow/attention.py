@@ -221,20 +221,17 @@ class Attention(nn.Module):
     def extend(self, x_BRD: Tensor, run: Run, layer: int) -> Tensor:
         """A run (B, streams * R, D) behind the cached past; its K/V go into the run's slots. Inference only."""
         rows, tokens = x_BRD.shape[:2]
-        y = _at_least_float32(self.qkv(self.norm(x_BRD))).view(rows, tokens, 3, self.heads, -1, 2)
-        torch.view_as_complex(y)[:, :, :2].mul_(run.turns)
-        q, kv = y.flatten(-2).split((1, 2), dim=2)
-        q = q.squeeze(2).transpose(1, 2)
-        kv = kv.unflatten(1, (run.streams, -1)).permute(3, 0, 4, 1, 2, 5)
-        if len(run.parts) == 1:
-            part = run.parts[0]
-            part.slots[layer].copy_(kv)
-            out = _attend(q, part, layer)
-        else:
-            sizes = [part.room.rows for part in run.parts]
-            outs = []
-            for part, q_part, kv_part in zip(run.parts, q.split(sizes), kv.split(sizes, dim=1), strict=True):
-                part.slots[layer].copy_(kv_part)
-                outs.append(_attend(q_part, part, layer))
-            out = torch.cat(outs)
+        y = self.qkv(self.norm(x_BRD)).view(rows, tokens, 3, self.heads, -1, 2)
+        turned, v = _at_least_float32(y[:, :, :2]), y[:, :, 2].flatten(-2)
+        torch.view_as_complex(turned).mul_(run.turns)
+        q, k = turned.flatten(-2).unbind(2)
+        q = q.transpose(1, 2)
+        k, v = (x.unflatten(1, (run.streams, -1)).permute(0, 3, 1, 2, 4) for x in (k, v))
+        sizes = [part.room.rows for part in run.parts]
+        outs = []
+        for part, *new in zip(run.parts, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+            for slots, x in zip(part.slots[layer], new[1:], strict=True):
+                slots.copy_(x)
+            outs.append(_attend(new[0], part, layer))
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return self.out.plus(out.transpose(1, 2).flatten(2).to(x_BRD.dtype), x_BRD)
