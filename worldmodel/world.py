@@ -198,9 +198,11 @@ class WorldModel(WorldParts):
         state = self._told(state, action, sampling.guidance)
         self.next_frames(state)
         if noise is None:
-            noise = normal(state.seeds, state.branches, state.steps, SAMPLE, self.latent_shape)
-            noise = noise * sampling.temperature
-        w = self.flow.tokens(self._noise(noise, state.rows)[:, None])[:, 0]
+            drawn = normal(state.seeds, state.branches, state.steps, SAMPLE, self.latent_shape)
+            noise = (drawn * sampling.temperature).to(self.device)
+        else:
+            noise = self._noise(noise, state.rows)
+        w = self.flow.tokens(noise[:, None])[:, 0]
         context = self._room(state, sampling)
         made = self.flow.imagine(
             context,
@@ -310,10 +312,11 @@ class WorldModel(WorldParts):
         results = []
         for draw in range(draws):
             stream = OBSERVE if draw == 0 else SCORE
-            drawn = noise
-            if drawn is None:
+            if noise is None:
                 drawn = normal(state.seeds, state.branches, state.steps, stream, self.latent_shape, draw)
-            drawn = self._noise(drawn, state.rows)
+                drawn = drawn.to(self.device)
+            else:
+                drawn = self._noise(noise, state.rows)
             x = self.flow.tokens((latent + self.flow.config.noise_std * drawn)[:, None])
             reserved = self.flow.deep.reserve(context)
             try:

@@ -98,20 +98,24 @@ def _look_ahead(deep: DeepBlock, context: Context, begin: int) -> Context:
         ahead = _fresh(deep, context)
     ahead = replace(ahead, u=context.u, features=context.features)
     size = max(min(max(AHEAD[0], -(-keep // 2)), AHEAD[1]), -(-keep // begin))
-    groups: dict[tuple[int, int, int], list[int]] = {}
-    branch = (any(s.fold > 1 for s in c.segments) for c in context.cache.cohorts for _ in range(c.rows))
-    for row, (f, has, is_branch) in enumerate(zip(context.frames, ahead.frames, branch, strict=True)):
-        known = keep if f >= window else (f - begin) // size * size
-        stop = known if f >= window or not is_branch else has
-        if not is_branch and f < window:
-            late = size * (
-                -(-keep // size) - (window - f)
-            )  # later, a step would have to do more than one group
-            stop = max(late, min(known, size * (has // size + 1)))
-        stop = min(stop, keep)
-        groups.setdefault((f, has, stop) if stop > has else (0, 0, 0), []).append(row)
-    if list(groups) == [(0, 0, 0)]:
+
+    def goal(f: int, has: int, is_branch: bool) -> int:
+        if f >= window:
+            return keep
+        if is_branch:
+            return has
+        late = size * (-(-keep // size) - (window - f))  # later, a step would have to do more than one group
+        return min(keep, max(late, min((f - begin) // size * size, size * (has // size + 1))))
+
+    branch = [any(s.fold > 1 for s in c.segments) for c in context.cache.cohorts for _ in range(c.rows)]
+    cases = [*zip(context.frames, ahead.frames, branch, strict=True)]
+    goals = {case: goal(*case) for case in set(cases)}
+    if all(stop <= has for (_, has, _), stop in goals.items()):
         return ahead
+    groups: dict[tuple[int, int, int], list[int]] = {}
+    for row, case in enumerate(cases):
+        f, has, _ = case
+        groups.setdefault((f, has, goals[case]) if goals[case] > has else (0, 0, 0), []).append(row)
     parts = []
     for (f, has, stop), rows in groups.items():
         part = ahead if len(groups) == 1 else ahead.select(rows)
