@@ -100,13 +100,6 @@ class Score:
         )
 
 
-def leaves_of(actions: Any) -> list[Any]:
-    """The arrays of actions (B, T, ...): one, those of a dict, or none."""
-    if isinstance(actions, Mapping):
-        return list(actions.values())
-    return [] if actions is None else [actions]
-
-
 def actions_at(actions: Any, t: int) -> Any:
     """Actions of chunk t, from (B, T, ...), a dict of such arrays, or None."""
     if isinstance(actions, Mapping):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldmodel.chunk import Chunk, Likelihood, Score, actions_at, leaves_of
+from worldmodel.chunk import Chunk, Likelihood, Score, actions_at
 from worldmodel.codec.base import CodecState
 from worldmodel.condition.spaces import pack_actions, prompt_key, prompts_of
 from worldmodel.denoising import clean_frame
@@ -27,6 +27,7 @@ from worldmodel.flow.deep import Committed
 from worldmodel.flow.native import density
 from worldmodel.flow.window import make_room
 from worldmodel.heads import Ahead, Outcome
+from worldmodel.inputs import chunks_given, given_noise, given_pixels
 from worldmodel.invariance import with_rows
 from worldmodel.noise import OBSERVE, SAMPLE, SCORE, normal, seed_tensor
 from worldmodel.parts import WorldParts
@@ -157,11 +158,8 @@ class WorldModel(WorldParts):
         """
         parts = self.chunks_of(frames) if frames.ndim == 5 else [frames[:, t] for t in range(frames.shape[1])]
         chunks = []
-        given = leaves_of(actions)
-        if any(np.ndim(a) < 2 or np.shape(a)[1] < len(parts) for a in given):
-            raise InputError(
-                f"actions of shape {np.shape(given[0])} for {len(parts)} chunks, expected (B, T, ...)"
-            )
+        if actions is not None:
+            chunks_given(actions, len(parts))
         for t, part in enumerate(parts):
             state, chunk = self.observe(state, part, actions_at(actions, t))
             chunks.append(chunk)
@@ -201,7 +199,7 @@ class WorldModel(WorldParts):
             drawn = normal(state.seeds, state.branches, state.steps, SAMPLE, self.latent_shape)
             noise = (drawn * sampling.temperature).to(self.device)
         else:
-            noise = self._noise(noise, state.rows)
+            noise = given_noise(noise, (state.rows, *self.latent_shape), self.device)
         w = self.flow.tokens(noise[:, None])[:, 0]
         context = self._room(state, sampling)
         made = self.flow.imagine(
@@ -316,7 +314,7 @@ class WorldModel(WorldParts):
                 drawn = normal(state.seeds, state.branches, state.steps, stream, self.latent_shape, draw)
                 drawn = drawn.to(self.device)
             else:
-                drawn = self._noise(noise, state.rows)
+                drawn = given_noise(noise, (state.rows, *self.latent_shape), self.device)
             x = self.flow.tokens((latent + self.flow.config.noise_std * drawn)[:, None])
             reserved = self.flow.deep.reserve(context)
             try:
@@ -353,12 +351,7 @@ class WorldModel(WorldParts):
         Raises:
             InputError, WorldModelError: as `step`.
         """
-        given = leaves_of(actions)
-        if not given or np.ndim(given[0]) < 2:
-            raise InputError(
-                "actions must be (B, T, ...), or a dict of such arrays: one for each chunk to imagine"
-            )
-        horizon = np.shape(given[0])[1]
+        horizon = chunks_given(actions)
         chunks = []
         for t in range(horizon):
             state, chunk = self.step(
@@ -409,28 +402,9 @@ class WorldModel(WorldParts):
             return packed, None
         return packed, with_rows(self.actions.layers.least_rows, self.actions, packed)[:, None]
 
-    def _noise(self, noise: Tensor, rows: int) -> Tensor:
-        """Noise (B, C, h, w) as float32 where the weights are. Raises InputError where it is something else."""
-        expected = (rows, *self.latent_shape)
-        if not (isinstance(noise, Tensor) and noise.is_floating_point() and tuple(noise.shape) == expected):
-            found = f"shape {tuple(np.shape(noise))} and type {type(noise).__name__}"
-            raise InputError(f"noise has {found}, expected a tensor of floats {expected}")
-        if not torch.isfinite(noise).all():
-            raise InputError("noise has values that are not finite")
-        return noise.to(self.device, torch.float32)
-
     def _encode(self, state: WorldState, frames: np.ndarray | Tensor) -> tuple[Tensor, Tensor, CodecState]:
-        expected = (state.rows, self.next_frames(state), *self.spec.frame_size, 3)
-        try:  # of its own: whoever gave the array may write to it again
-            pixels = frames.clone() if isinstance(frames, Tensor) else torch.from_numpy(np.array(frames))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"frames are of type {type(frames).__name__}, expected a uint8 array of shape {expected}"
-            ) from error
-        if pixels.dtype != torch.uint8 or tuple(pixels.shape) != expected:
-            raise InputError(
-                f"frames have shape {tuple(pixels.shape)} and dtype {pixels.dtype}, expected {expected} uint8"
-            )
+        shape = (state.rows, self.next_frames(state), *self.spec.frame_size, 3)
+        pixels = given_pixels(frames, shape)
         latents, codec = self.codec.encode(pixels.to(self.device), state.codec)
         return pixels, latents[:, 0], codec
 
