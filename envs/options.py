@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 StepMode = Literal["chunk", "frame"]
 Observation = Literal["pixels", "latent"]
 RENDER_MODES = ("human", "rgb_array", "rgb_array_list")
+RESET_OPTIONS = ("start", "bank_index", "image", "clip", "episode", "snapshot", "prompt")
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,12 @@ class EnvOptions:
                 raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {known}")
         if self.observation == "latent" and self.step_mode == "frame":
             raise InputError('observation="latent" has one value a chunk; use it with step_mode="chunk"')
-        if not math.isfinite(self.termination_threshold):
-            raise InputError(
-                f"termination_threshold is {self.termination_threshold}, expected a finite number"
-            )
+        for name in ("termination_threshold", "guidance", "temperature"):
+            value = getattr(self, name)
+            if value is None and name != "termination_threshold":
+                continue
+            if not (isinstance(value, Real) and math.isfinite(value)):
+                raise InputError(f"{name} is {value!r}, expected a finite number")
         self.sampling(Sampling())
 
     def sampling(self, base: Sampling) -> Sampling:
@@ -78,6 +82,29 @@ def check_max_chunks(value: int | None) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise InputError(f"max_chunks is {value!r}, expected an integer of at least 1, or None")
     return int(value)
+
+
+def check_reset_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Reset options without the default ``start="bank"``: the one source that was asked for, if any, and the prompt.
+
+    Raises:
+        InputError: an unknown key, or two sources at once.
+    """
+    given = dict(options or {})
+    unknown = sorted(set(given) - set(RESET_OPTIONS))
+    if unknown:
+        raise InputError(f"unknown reset options: {', '.join(unknown)} (known: {', '.join(RESET_OPTIONS)})")
+    bank = "start" in given
+    if given.pop("start", "bank") != "bank":
+        raise InputError(
+            'reset option start must be "bank"; give an image, clip, episode or snapshot by its own key'
+        )
+    sources = sorted(set(given) - {"prompt"})
+    if len(sources) > 1 or ("prompt" in given and "snapshot" in given):
+        raise InputError(f"reset options {', '.join(sorted(given))} exclude each other; give one")
+    if "prompt" in given and not isinstance(given["prompt"], str):
+        raise InputError(f"prompt is of type {type(given['prompt']).__name__}, expected a string")
+    return given | {"start": "bank"} if bank and not sources else given
 
 
 def spec_of(world: str | Path | WorldModel) -> WorldSpec:

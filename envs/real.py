@@ -7,12 +7,13 @@ from typing import Any, SupportsFloat
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
 
 from worldmodel import InputError
 from worldmodel.training import collect
 
 
-class ChunkedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
+class ChunkedEnv(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """A Gymnasium environment that renders, with the spaces of a `WorldModelEnv` of it.
 
     Observation: (F, height, width, 3) uint8, the F = ``frame_skip`` frames that one held action causes; at
@@ -52,7 +53,8 @@ class ChunkedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
                 raise InputError(f"cannot make the environment: {' '.join(str(error).split())}") from error
         if env.render_mode != "rgb_array":
             raise InputError(f'render_mode is {env.render_mode!r}; make the environment with "rgb_array"')
-        super().__init__(env)
+        RecordConstructorArgs.__init__(self, frame_skip=frame_skip, frame_size=frame_size, hide=hide)
+        gymnasium.Wrapper.__init__(self, env)
         shape = (frame_skip, *frame_size, 3)
         self.observation_space = spaces.Box(0, 255, shape, np.uint8)
         self.fps = float(env.metadata.get("render_fps") or 30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, SupportsFloat
 import cv2
 import gymnasium
 import numpy as np
+from gymnasium.utils import RecordConstructorArgs
 
 from worldmodel import InputError, WorldModelError
 from worldmodel.files import write_atomic
@@ -26,7 +28,7 @@ def write_video(path: str | Path, frames: np.ndarray | Sequence[np.ndarray], fps
     first. A .gif holds whole hundredths of a second a frame.
 
     Raises:
-        InputError: another suffix, no frames, or frames of another shape or dtype. CheckpointError: a full
+        InputError: another suffix, no frames, frames of another shape or dtype, or no speed. CheckpointError: a full
         disk. WorldModelError: this OpenCV cannot write the format.
     """
     path = Path(path)
@@ -37,8 +39,8 @@ def write_video(path: str | Path, frames: np.ndarray | Sequence[np.ndarray], fps
         raise InputError(
             f"frames are {pictures.dtype} {pictures.shape}, expected uint8 (n, height, width, 3)"
         )
-    if not fps > 0:
-        raise InputError(f"fps is {fps}, expected a number above 0")
+    if not 0 < fps < math.inf:
+        raise InputError(f"fps is {fps}, expected a finite number above 0")
     bgr = np.ascontiguousarray(pictures[..., ::-1])
     write = _write_gif if path.suffix == ".gif" else _write_stream
     write_atomic(path, lambda temporary: write(temporary, path.suffix, bgr, fps))
@@ -85,7 +87,7 @@ def _write_gif(temporary: Path, suffix: str, bgr: np.ndarray, fps: float) -> Non
     temporary.write_bytes(np.asarray(data).tobytes())
 
 
-class RecordChunks(gymnasium.Wrapper[Any, Any, Any, Any]):
+class RecordChunks(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """Record every frame of one environment, F a chunk, at the world's own speed.
 
     Works around `WorldModelEnv` in both step modes and around `ChunkedEnv`. An episode's video is written
@@ -97,7 +99,8 @@ class RecordChunks(gymnasium.Wrapper[Any, Any, Any, Any]):
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], path: str | Path) -> None:
-        super().__init__(env)
+        RecordConstructorArgs.__init__(self, path=path)
+        gymnasium.Wrapper.__init__(self, env)
         self.path = Path(path)
         if self.path.suffix not in CODECS:
             raise InputError(f"{self.path.name}: expected a name that ends in one of {', '.join(CODECS)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from envs.options import EnvOptions
-from envs.turn import Turn, session_seed
+from envs.turn import TOLD, Turn, session_seed
 from worldmodel import CheckpointError, Chunk, InputError, WorldModel, WorldState
 from worldmodel.files import load_metadata, load_tensors, save_tensors
 
@@ -76,9 +77,24 @@ class Snapshot:
             frames, latent = chunk.frames[0].numpy(), chunk.latent[0].numpy()
             turn = Turn(frames=frames, latent=latent, **header["turn"])
             state = WorldState.load(path, header["world"], device)
+            _check_turn(turn)
+            np.random.PCG64().state = header["rng"]
             return cls(state, turn, chunk, header["rng"], header["world"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"{path}: not a saved snapshot ({error!r:.80})") from error
+
+
+def _check_turn(turn: Turn) -> None:
+    """Raise ValueError unless the parts of a turn fit one another."""
+    numbers = (turn.reward, *turn.info.values())
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
+        raise ValueError("a number that is none")
+    if turn.frames.ndim != 4 or turn.latent.ndim != 3 or set(turn.info) != {*TOLD, "chunk"}:
+        raise ValueError("frames, a latent or info of another form")
+    if not (isinstance(turn.shown, int) and 1 <= turn.shown <= len(turn.frames)):
+        raise ValueError(f"{turn.shown} of {len(turn.frames)} frames shown")
+    if not (isinstance(turn.terminated, bool) and isinstance(turn.truncated, bool)):
+        raise ValueError("a flag that is none")
 
 
 def check_snapshot(world: WorldModel, snapshot: Any, options: EnvOptions) -> None:

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from envs.options import EnvOptions
+from envs.options import RESET_OPTIONS, EnvOptions
 from worldmodel import Chunk, InputError, WorldModel, WorldState
 from worldmodel.training.episodes import EpisodeDataset
 
 Info = dict[str, float | int]
 TOLD = ("log_prob", "bits_per_dim", "action_gain", "sweeps", "residual", "context_frames")
 """What ``info`` tells of a chunk, beside its number."""
-RESET_OPTIONS = ("start", "bank_index", "image", "clip", "episode", "snapshot", "prompt")
 
 
 @dataclass(frozen=True)
@@ -153,29 +152,6 @@ class Start(NamedTuple):
     frames: np.ndarray
     actions: Any
     prompt: str | None = None
-
-
-def check_reset_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Reset options without the default ``start="bank"``: the one source that was asked for, if any, and the prompt.
-
-    Raises:
-        InputError: an unknown key, or two sources at once.
-    """
-    given = dict(options or {})
-    unknown = sorted(set(given) - set(RESET_OPTIONS))
-    if unknown:
-        raise InputError(f"unknown reset options: {', '.join(unknown)} (known: {', '.join(RESET_OPTIONS)})")
-    bank = "start" in given
-    if given.pop("start", "bank") != "bank":
-        raise InputError(
-            'reset option start must be "bank"; give an image, clip, episode or snapshot by its own key'
-        )
-    sources = sorted(set(given) - {"prompt"})
-    if len(sources) > 1 or ("prompt" in given and "snapshot" in given):
-        raise InputError(f"reset options {', '.join(sorted(given))} exclude each other; give one")
-    if "prompt" in given and not isinstance(given["prompt"], str):
-        raise InputError(f"prompt is of type {type(given['prompt']).__name__}, expected a string")
-    return given | {"start": "bank"} if bank and not sources else given
 
 
 def choose_start(world: WorldModel, source: Mapping[str, Any], rng: np.random.Generator) -> Start:

@@ -17,7 +17,15 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from envs.options import EnvOptions, Observation, StepMode, load_world, observation_space, spec_of
+from envs.options import (
+    EnvOptions,
+    Observation,
+    StepMode,
+    check_reset_options,
+    load_world,
+    observation_space,
+    spec_of,
+)
 from envs.slots import (
     check_autoreset,
     check_slots,
@@ -31,7 +39,6 @@ from envs.snapshot import continue_snapshot
 from envs.turn import (
     Turn,
     begin,
-    check_reset_options,
     choose_start,
     chunk_rows,
     concat_chunks,

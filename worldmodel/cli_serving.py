@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from pathlib import Path
@@ -53,8 +54,8 @@ def serve(
     from worldmodel.errors import InputError
     from worldmodel.world import WorldModel
 
-    if not (memory > 0 and lease > 0):
-        raise InputError(f"memory is {memory:g} and lease {lease:g}, expected numbers above 0")
+    if not (0 < memory * 2**30 < math.inf and 0 < lease < math.inf):
+        raise InputError(f"memory is {memory:g} and lease {lease:g}, expected finite numbers above 0")
     store = None if keys is None else KeyStore(keys)
     limits = Limits(lease=lease, memory=int(memory * 2**30))
     backend = _ray(world, replicas) if on_ray else WorldBackend(WorldModel.load(world))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -36,13 +35,11 @@ def watch(
     if not 0 <= jpeg <= 100:
         raise InputError(f"jpeg is {jpeg}, expected 0 to 100")
     connection = Connection(url, client_keys(key, server_key), 10.0)
-    seen = 0
     try:
-        with contextlib.suppress(KeyboardInterrupt):
-            seen = run(connection, name, out, seconds, jpeg or None)
+        seen = run(connection, name, out, seconds, jpeg or None)
     finally:
         connection.close()
-    where = "" if out is None or not out.exists() else f", written to {out}"
+    where = f", written to {out}" if out is not None and seen else ""
     print(f"{seen} changes seen{where}", file=sys.stderr)
 
 

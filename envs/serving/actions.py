@@ -10,23 +10,29 @@ import numpy as np
 from envs.serving.protocol import DTYPES, MAX_DEPTH, ServingError
 
 
-def encode_action(action: Any, name: str = "action") -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def encode_action(
+    action: Any, name: str = "action", sequence: bool = False
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """An action as arrays and texts: a leaf is "action", a leaf of a dict "action/KEY" (~1 for /, ~0 for ~).
+
+    sequence: it is a sequence of actions, and a text is a list of strings.
 
     Raises:
         ServingError: ``bad_frame``: a leaf that is neither a string nor an array of numbers.
     """
     if isinstance(action, Mapping):
         arrays: dict[str, np.ndarray] = {}
-        texts: dict[str, str] = {}
+        texts: dict[str, Any] = {}
         for key, value in action.items():
-            inner = encode_action(value, f"{name}/{str(key).replace('~', '~0').replace('/', '~1')}")
+            inner = encode_action(value, f"{name}/{str(key).replace('~', '~0').replace('/', '~1')}", sequence)
             arrays |= inner[0]
             texts |= inner[1]
         return arrays, texts
-    if isinstance(action, str):
+    if isinstance(action, str) and not sequence:
         return {}, {name: action}
     array = np.asarray(action)
+    if sequence and array.dtype.kind == "U" and array.ndim == 1:
+        return {}, {name: array.tolist()}
     if array.dtype.kind not in "iufb":
         raise ServingError("bad_frame", f"{name} of type {type(action).__name__} is not an array of numbers")
     if array.dtype.newbyteorder("<").str not in DTYPES:
@@ -34,8 +40,8 @@ def encode_action(action: Any, name: str = "action") -> tuple[dict[str, np.ndarr
     return {name: array}, {}
 
 
-def decode_action(arrays: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> Any:
-    """The action that `encode_action` took apart, or None where there is none.
+def decode_action(arrays: Mapping[str, np.ndarray], texts: Mapping[str, Any]) -> Any:
+    """The action, or sequence of them, that `encode_action` took apart, or None where there is none.
 
     Raises:
         ServingError: ``bad_frame``: names that do not make one action.

@@ -104,10 +104,12 @@ def leaves(action: Any) -> list[Any]:
 
 
 def kinds(action: Any) -> Any:
-    """Names and dtypes of an action's leaves: those with the same can be stacked."""
+    """Names and dtypes of an action's leaves: those with the same can be stacked, and so can texts of any lengths."""
     if isinstance(action, Mapping):
         return tuple((key, kinds(action[key])) for key in sorted(action))
-    return None if action is None else action.dtype.str
+    if action is None:
+        return None
+    return "U" if action.dtype.kind == "U" else action.dtype.str
 
 
 def stacked(actions: Sequence[Any]) -> Any:

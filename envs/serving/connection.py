@@ -5,7 +5,7 @@ one that is not. (``IMMEDIATE`` would do that too, but it throws away replies th
 connection ends, as where a server answers and stops.) A request keeps its id and bytes until its reply is here: after
 a reconnection, or where no reply came for `RETRY_AFTER`, the same bytes go out again, and the server runs them at most
 once. Replies are matched by request id alone; one that nobody waits for is dropped. The monitor also tells a failed
-handshake from a slow server.
+handshake from a slow server; once one has succeeded, a server that does not shake hands is merely slow, or gone.
 """
 
 from __future__ import annotations
@@ -120,6 +120,8 @@ class Connection:
         self._calls: dict[bytes, Call] = {}
         self._shaking: float | None = None  # since when a TCP connection waits for the end of its handshake
         self._refusals = 0  # failed handshakes since the last good one
+        self._met = False  # a handshake has succeeded: the keys are right
+        self._renewed = 0.0  # when what is held was last renewed
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._configure(keys)
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(_EVENTS)
@@ -150,6 +152,7 @@ class Connection:
             self.connected = False
             if not self._socket.closed:
                 self._socket.disable_monitor()
+                self._monitor.close(0)
                 self._socket.close(0)
 
     def release(self) -> None:
@@ -185,18 +188,30 @@ class Connection:
         return call
 
     def settle(self, calls: Sequence[Call]) -> None:
-        """Wait until every call has a reply; where none came by its deadline, the reply is an error that says why."""
+        """Wait until every call has a reply; where none came by its deadline, the reply is an error that says why.
+
+        What is held is renewed meanwhile, since nobody else can use the connection.
+        """
         with self._lock:
+            renewals: list[Call] = []
             try:
                 while waiting := [call for call in calls if call.reply is None]:
                     now = time.monotonic()
+                    if self._renewal() <= now:
+                        renewals += self._start_renewals()
                     if self._next() <= now:
                         self._send(now)
-                    self._pump(min([self._next(), *(call.deadline for call in waiting)]) - now)
+                    ends = [call.deadline for call in waiting]
+                    self._pump(min(self._next(), self._renewal(), *ends) - now)
                     self._give_up(waiting, time.monotonic())
             finally:
-                for call in calls:
-                    self._calls.pop(call.request.id, None)
+                self.forget([*calls, *renewals])
+
+    def forget(self, calls: Sequence[Call]) -> None:
+        """Wait for these no longer."""
+        with self._lock:
+            for call in calls:
+                self._calls.pop(call.request.id, None)
 
     def wait(self, calls: Sequence[Call]) -> list[Reply]:
         """The replies, in the order of the calls.
@@ -227,6 +242,7 @@ class Connection:
 
     def _begin_keeper(self) -> None:
         if self._keeper is None:
+            self._renewed = time.monotonic()
             keep = (weakref.ref(self), self._closed, self.lease / 4)
             self._keeper = threading.Thread(target=_keep, args=keep, name="worldmodel-lease", daemon=True)
             self._keeper.start()
@@ -245,15 +261,22 @@ class Connection:
     def renew(self) -> None:
         """Renew the leases of all that is held, and clear away garbage; quiet where the server does not answer."""
         with self._lock, contextlib.suppress(ServingError):
-            calls = [
-                self.start("renew", 2.0, args={kind: names[i : i + 256]})
-                for kind, names in (("sessions", list(self._held)), ("snapshots", list(self._snapshots)))
-                for i in range(0, len(names), 256)
-            ]
-            self.settle(calls)
+            self.settle(self._start_renewals())
             self._sweep()
             if self._released:
                 self.release()
+
+    def _renewal(self) -> float:
+        """When what is held is to be renewed next."""
+        return self._renewed + self.lease / 4 if self._held or self._snapshots else math.inf
+
+    def _start_renewals(self) -> list[Call]:
+        self._renewed = time.monotonic()
+        return [
+            self.start("renew", 2.0, args={kind: names[i : i + 256]})
+            for kind, names in (("sessions", list(self._held)), ("snapshots", list(self._snapshots)))
+            for i in range(0, len(names), 256)
+        ]
 
     def _sweep(self) -> None:
         with self._lock:
@@ -289,7 +312,7 @@ class Connection:
         if self._refusals >= _SURE:  # known before the wait for it began
             return 0.0
         times = [call.due for call in self._calls.values() if call.reply is None] if self.connected else []
-        if self._shaking is not None:
+        if self._shaking is not None and not self._met:
             times.append(self._shaking + HANDSHAKE)
         return min(times, default=math.inf)
 
@@ -331,19 +354,19 @@ class Connection:
         if event == zmq.EVENT_CONNECTED:
             self._shaking = time.monotonic()
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._shaking, self._refusals, self.connected = None, 0, True
+            self._shaking, self._refusals, self.connected, self._met = None, 0, True, True
             for call in self._calls.values():
                 call.due = 0.0  # what went out over the old connection may be lost
         else:
             if event & _HANDSHAKE_REFUSED:
                 self._refusals = _SURE
-            elif self._shaking is not None:
+            elif self._shaking is not None and not self._met:
                 self._refusals += 1
             self._shaking, self.connected = None, False
 
     def _give_up(self, calls: Sequence[Call], now: float) -> None:
         """Answer for a server that refuses the handshake, or that did not answer by a call's deadline."""
-        if self._shaking is not None and now >= self._shaking + HANDSHAKE:
+        if self._shaking is not None and not self._met and now >= self._shaking + HANDSHAKE:
             self._refusals, self._shaking = _SURE, now
         if self._refusals >= _SURE:
             error = Unanswered("unauthorized", f"{self.url}: {_REFUSED}")

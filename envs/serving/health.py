@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from worldmodel.errors import InputError
 
+RECOVERY = 30.0  # seconds until memory that stays above its limit is worth another try
 _STATM = Path("/proc/self/statm")
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
@@ -32,11 +34,37 @@ def trim_memory() -> None:
         _TRIM(0)
 
 
+class MemoryWatch:
+    """Says when memory is more than ``limit`` bytes above what it was at first, and something must go.
+
+    Once said, it says so again only where memory has been below meanwhile, or after `RECOVERY` seconds: else what went
+    was not the cause.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._most = resident_bytes() + limit
+        self._next = self._look = -math.inf
+
+    def exceeded(self, now: float) -> bool:
+        """Whether something must go now (`time.monotonic`); what was freed is given back first, once a second at most."""
+        if resident_bytes() > self._most:
+            if now < self._look:
+                return False
+            self._look = now + 1.0
+            trim_memory()
+        if resident_bytes() <= self._most:
+            self._next = -math.inf
+            return False
+        due = now >= self._next
+        self._next = now + RECOVERY if due else self._next
+        return due
+
+
 class HealthPages:
     """Three pages on ``127.0.0.1``, answered by a thread of their own; ``port`` is where.
 
     Raises:
-        InputError: the port is taken.
+        InputError: the port is taken, or none.
     """
 
     def __init__(
@@ -72,7 +100,7 @@ class HealthPages:
 
         try:
             self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise InputError(
                 f"cannot serve /healthz on port {port}: {error}; choose another --health"
             ) from error

@@ -58,7 +58,8 @@ def encode_request(request: Request) -> list[bytes | memoryview]:
     """The message frames of a request; blobs are views of its arrays, not copies.
 
     Raises:
-        ServingError: an array of another dtype (``bad_frame``), or a message over the limits (``too_large``).
+        ServingError: an array of another dtype (``bad_frame``), a message over the limits (``too_large``), or an integer
+            of more than 64 bits (``invalid``).
     """
     header: dict[str, Any] = {"v": VERSION, "op": request.op, "id": request.id}
     if request.session is not None:
@@ -102,7 +103,10 @@ def _frames(header: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> list[by
         blobs.append(array.reshape(-1).view(np.uint8).data if array.size else memoryview(b""))
     if described:
         header["arrays"] = described
-    packed: bytes = msgpack.packb(header, use_bin_type=True)
+    try:
+        packed: bytes = msgpack.packb(header, use_bin_type=True)
+    except OverflowError as error:
+        raise ServingError("invalid", "an integer of more than 64 bits; give a smaller one") from error
     size = sum(blob.nbytes for blob in blobs)
     if len(packed) > MAX_HEADER or len(blobs) > MAX_BLOBS or size > MAX_MESSAGE:
         raise ServingError(
@@ -294,12 +298,18 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "bool": lambda v: isinstance(v, bool),
     "text": lambda v: isinstance(v, str),
     "texts": lambda v: isinstance(v, dict) and all(isinstance(t, str) for t in v.values()),
+    "sequences": lambda v: (
+        isinstance(v, dict)
+        and all(isinstance(s, list) and all(isinstance(t, str) for t in s) for s in v.values())
+    ),
     "names": lambda v: isinstance(v, list) and all(isinstance(n, str) and n in WANTED for n in v),
     "id": lambda v: isinstance(v, bytes) and len(v) == ID_BYTES,
     "handle": _is_handle,
     "handles": lambda v: isinstance(v, list) and all(map(_is_handle, v)),
 }
-"""Argument kinds. handle: 24 bytes, a session or a snapshot. names: a list of `WANTED`. texts: a map of strings."""
+"""Argument kinds. handle: 24 bytes, a session or a snapshot. names: a list of `WANTED`. texts: a map of strings,
+sequences: of lists of them.
+"""
 
 
 # ---- broadcasts: a whole message in one frame, so that a subscriber can keep only the newest --------------------------

@@ -90,6 +90,9 @@ class ServingError(WorldModelError):
         self.retry_after = retry_after
         self.correlation = correlation
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.code, str(self), self.retry_after, self.correlation)
+
 
 @dataclass(frozen=True)
 class Op:
@@ -107,7 +110,7 @@ class Op:
     arrays: tuple[str, ...] = ()
 
 
-_START = {"bank_index": "int", "snapshot": "handle", "prompt": "text"}
+_START = {"start": "text", "bank_index": "int", "snapshot": "handle", "prompt": "text"}
 _RESET = {"seed": "int", **_START, "want": "names"}
 OPS: dict[str, Op] = {
     "hello": Op(),
@@ -133,7 +136,7 @@ OPS: dict[str, Op] = {
     ),
     "restore": Op(session=True, seq=True, args={"snapshot": "handle", "want": "names"}),
     "score": Op(session=True, args={"text": "texts", "draws": "int"}, arrays=("frames", "action")),
-    "imagine": Op(session=True, args={"want": "names"}, arrays=("action",)),
+    "imagine": Op(session=True, args={"text": "sequences", "want": "names"}, arrays=("action",)),
     "snapshot": Op(session=True, once=True),
     "discard": Op(once=True, args={"snapshot": "handle"}),
     "fork": Op(session=True, once=True, args={"n": "int"}),

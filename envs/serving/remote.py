@@ -23,8 +23,7 @@ from worldmodel.condition.spaces import space_from_json
 class RemoteWorld:
     """What a server says of its world.
 
-    frame_size: (height, width) pixels; chunk_frames: F; latent_shape: (C, h, w); lease: seconds that a session lives
-    without a request; limits: see docs/protocol.md.
+    frame_size: (height, width) pixels; chunk_frames: F; latent_shape: (C, h, w).
     """
 
     name: str
@@ -33,13 +32,11 @@ class RemoteWorld:
     chunk_frames: int
     latent_shape: tuple[int, ...]
     fps: float
-    lease: float
-    limits: Mapping[str, Any]
     action_space: spaces.Space[Any]
 
     @classmethod
     def ask(cls, connection: Connection) -> RemoteWorld:
-        """Ask the server.
+        """Ask the server; the connection learns how long a lease is.
 
         Raises:
             ServingError: no answer, or one that is none.
@@ -57,8 +54,6 @@ class RemoteWorld:
                 int(said["chunk_frames"]),
                 tuple(int(n) for n in said["latent_shape"]),
                 float(said["fps"]),
-                connection.lease,
-                dict(said["limits"]),
                 space,
             )
         except (KeyError, TypeError, ValueError) as error:

@@ -19,7 +19,7 @@ from envs.serving.worker import Job, Outcome
 from envs.snapshot import Snapshot
 from envs.turn import Start, Turn, at_chunk
 from worldmodel import Chunk, InputError, WorldModel
-from worldmodel.condition.spaces import pack_actions
+from worldmodel.condition.spaces import pack_actions, prompts_of
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class Imagination:
             raise ServingError("too_large", f"{horizon} chunks at once, at most {most}; imagine fewer")
         if world.actions is not None:
             pack_actions(world.spec.action_space, first_row(lifted), horizon)
+        prompts_of(world.spec.action_space, first_row(lifted), horizon)
         return cls(job, session, session.slot, lifted, horizon)
 
     def row(self) -> Row:

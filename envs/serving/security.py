@@ -14,6 +14,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ class KeyStore:
         """Make a key pair: ``NAME.secret`` and ``NAME.public``.
 
         Raises:
-            InputError: a bad name, or one that is taken.
+            InputError: a bad name, one that is taken, or a folder that cannot be written.
         """
         path = self.folder / f"{_name(name)}.secret"
         public, secret = zmq.curve_keypair()
@@ -118,6 +119,8 @@ class KeyStore:
                 file.write(text)
         except FileExistsError as error:
             raise InputError(f"{path} exists; choose another name") from error
+        except OSError as error:
+            raise _unwritable(path, error) from error
         _write(self.folder / f"{name}.public", public)
         return KeyPair(public, secret)
 
@@ -127,7 +130,7 @@ class KeyStore:
         return read_secret(path) if path.exists() else self.new("server")
 
     def allow(self, name: str, public: bytes) -> None:
-        """Let a client in, from its next connection on; an older key of that name is replaced."""
+        """Let a client in, from its next connection on; an older key of that name is replaced; raises as `new`."""
         _write(self._allowed / f"{_name(name)}.public", public)
         self._looked = -math.inf
 
@@ -135,13 +138,16 @@ class KeyStore:
         """Shut a client out, from its next request on.
 
         Raises:
-            InputError: no such client.
+            InputError: no such client, or a folder that cannot be written.
         """
+        path = self._allowed / f"{_name(name)}.public"
         try:
-            (self._allowed / f"{_name(name)}.public").unlink()
+            path.unlink()
         except FileNotFoundError as error:
             known = ", ".join(sorted(self.allowed().values())) or "none"
             raise InputError(f"{name} is not allowed anyway (allowed: {known})") from error
+        except OSError as error:
+            raise _unwritable(path, error) from error
         self._looked = -math.inf
 
     def allowed(self) -> dict[bytes, str]:
@@ -181,9 +187,16 @@ def _private(path: str, flags: int) -> int:
 
 def _write(path: Path, public: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="ascii", opener=_private) as file:
-        file.write(public.decode() + "\n")
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="ascii", opener=_private) as file:
+            file.write(public.decode() + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"cannot write {path}: {error.strerror}; expected a folder of your own, see --keys")
 
 
 def is_loopback(url: str) -> bool:
@@ -206,6 +219,7 @@ class ZapHandler:
         self.restarts = -1
         self._context = context
         self._store = store
+        self._allowed: Set[bytes] = frozenset()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self.watch()
@@ -225,6 +239,14 @@ class ZapHandler:
             )
             self._thread.start()
             ready.wait(2.0)
+
+    def revoked(self) -> bool:
+        """Whether a key was shut out since the last call; the connections it has are for the caller to end."""
+        try:
+            before, self._allowed = self._allowed, self._store.allowed().keys()
+        except Exception:  # the handshakes tell
+            return False
+        return bool(before - self._allowed)
 
     def stop(self) -> None:
         """End the thread."""

@@ -16,7 +16,7 @@ import numpy as np
 import zmq
 
 from envs.serving import protocol
-from envs.serving.health import HealthPages, resident_bytes
+from envs.serving.health import HealthPages, MemoryWatch, resident_bytes
 from envs.serving.mailbox import Calls
 from envs.serving.messages import decode_request, encode_reply
 from envs.serving.protocol import Reply, Request, ServingError
@@ -94,14 +94,12 @@ class WorldServer:
         self.viewers = Viewers(self._context, pair, backend.facts, self._answer, self._inbox.ask)
         self.worker = Worker(backend, lambda done: self._inbox.ask(lambda: self._finish(done)), window, rows)
         self._running: dict[Job, Running] = {}
-        self._handed: list[
-            Job
-        ] = []  # for the worker, which is woken once for all, when nothing is left to read
+        self._handed: list[Job] = []  # for the worker, woken once for all when nothing is left to read
         self._queued_bytes = 0
         self._began = time.monotonic()
         self._beat = self._began
         self._next_tick = 0.0
-        self._base = resident_bytes()
+        self._memory = MemoryWatch(self.limits.memory + SLACK)
         self._draining: float | None = None
         self._thread: threading.Thread | None = None
         self._up = threading.Event()
@@ -458,8 +456,11 @@ class WorldServer:
             self._handed.append(Job(Request("discard", args={"snapshot": name})))
         if self.zap is not None:
             self.zap.watch()
-        if resident_bytes() > self._base + self.limits.memory + SLACK:
+            if self.zap.revoked():
+                self.viewers.rebind()
+        if self._memory.exceeded(now):
             log.warning("memory is above its limit: all connections are dropped; clients will come back")
+            self.viewers.rebind()
             with contextlib.suppress(InputError):
                 self.transport.rebind()
 

@@ -7,24 +7,25 @@ NumPy's, and nothing here needs torch.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from gymnasium.error import ResetNeeded
 
-from envs.options import EnvOptions
+from envs.options import EnvOptions, check_reset_options
 from envs.serving.actions import encode_action
 from envs.serving.connection import Call, Connection, Unanswered
-from envs.serving.protocol import IMAGINED, WANTED, Reply, ServingError
+from envs.serving.protocol import IMAGINED, MAX_SEQ, WANTED, Reply, ServingError
 from envs.serving.remote import RemoteChunk, RemoteScore, RemoteSnapshot, RemoteTurn
 from worldmodel.errors import InputError
 
 LOST = ("no_session", "session_lost", "expired")
 """Codes after which a session is gone for good."""
-RESET_OPTIONS = ("start", "bank_index", "image", "clip", "prompt", "snapshot")
 
 
 class RemoteSession:
@@ -40,13 +41,13 @@ class RemoteSession:
         self.id: bytes | None = None
         self.seq = 0
         self.turn: RemoteTurn | None = None
-        self._unsettled = False
+        self.unsettled = False  # whether the last request was run is not known
         self._release: weakref.finalize[Any, Any] | None = None
 
     def adopt(self, session: bytes, seq: int, turn: RemoteTurn | None) -> None:
         """Go on with a session that the server has; it is kept alive, and closed with the last reference to it."""
         self.leave()
-        self.id, self.seq, self.turn, self._unsettled = session, seq, turn, False
+        self.id, self.seq, self.turn, self.unsettled = session, seq, turn, False
         self.connection.hold(session)
         self._release = weakref.finalize(self, self.connection.drop, session, True)
 
@@ -56,7 +57,7 @@ class RemoteSession:
             self._release.detach()
             self.connection.drop(self.id, False)
         self.id = self.turn = self._release = None
-        self._unsettled = False
+        self.unsettled = False
 
     def current(self) -> RemoteTurn:
         """The turn. Raises ResetNeeded before the first reset."""
@@ -73,15 +74,16 @@ class RemoteSession:
         """
         args, arrays = _start(options)
         args |= {"seed": _seed(seed), "want": self.want}
-        if self._unsettled:
+        if self.unsettled:
             self._resettle()
         if self.id is not None:
             return self._change("reset", args, arrays)
         o = self.options
-        args |= {"step_mode": o.step_mode, "observation": o.observation, "max_chunks": self.max_chunks}
+        horizon = None if self.max_chunks is None else _carried(self.max_chunks, "max_chunks")
+        args |= {"step_mode": o.step_mode, "observation": o.observation, "max_chunks": horizon}
         args |= {"termination_threshold": float(o.termination_threshold), "context": o.context}
         args |= {"guidance": o.guidance, "temperature": o.temperature}
-        return self.connection.start("create", args=args, arrays=arrays)
+        return self._put("create", args=args, arrays=arrays)
 
     def start_step(self, action: Any) -> Call:
         """A step.
@@ -122,10 +124,10 @@ class RemoteSession:
             if op == "create":
                 self.adopt(reply.result["session"], int(reply.result["seq"]), turn)
             else:
-                self.seq, self.turn, self._unsettled = int(reply.result["seq"]), turn, False
+                self.seq, self.turn, self.unsettled = int(reply.result["seq"]), turn, False
             return turn
         if not isinstance(reply.error, Unanswered):
-            self._unsettled = False
+            self.unsettled = False
             if reply.error.code in LOST and "snapshot" not in call.request.args:
                 self.leave()  # else it may be the snapshot that is not there
         raise _as_local(reply.error)
@@ -137,7 +139,7 @@ class RemoteSession:
             ResetNeeded: there is no session. ServingError: as `accept`.
         """
         self.turn = self._attached()
-        self._unsettled = False
+        self.unsettled = False
         return self.turn
 
     def _resettle(self) -> None:
@@ -150,14 +152,20 @@ class RemoteSession:
 
     def _change(self, op: str, args: dict[str, Any], arrays: dict[str, np.ndarray]) -> Call:
         self.current()
-        if self._unsettled:
+        if self.unsettled:
             raise Unanswered(
                 "conflict",
                 "whether the last request was run is not known; call resume() to go on from where the session stands",
             )
-        call = self.connection.start(op, session=self.id, seq=self.seq + 1, args=args, arrays=arrays)
-        self._unsettled = True
+        call = self._put(op, session=self.id, seq=self.seq + 1, args=args, arrays=arrays)
+        self.unsettled = True
         return call
+
+    def _put(self, op: str, **fields: Any) -> Call:
+        try:
+            return self.connection.start(op, **fields)
+        except ServingError as error:
+            raise _as_local(error) from error
 
     # ---- what leaves it as it is ----------------------------------------------------------------------------------
     def ask(self, op: str, args: dict[str, Any] | None = None, arrays: Any = None) -> Reply:
@@ -202,8 +210,8 @@ class RemoteSession:
 
     def imagine(self, actions: Any) -> list[RemoteChunk]:
         """See `WorldModelEnv.imagine`."""
-        arrays, _ = _sendable(actions)
-        got = self.ask("imagine", {"want": [*WANTED[1:]]}, arrays).arrays
+        arrays, texts = _sendable(actions, sequence=True)
+        got = self.ask("imagine", {"text": texts or None, "want": [*WANTED[1:]]}, arrays).arrays
         counts = ("sweeps", "context_frames")
         return [
             RemoteChunk(
@@ -237,11 +245,8 @@ class RemoteSession:
         return children
 
     def close(self) -> None:
-        """Close it on the server too, if that still answers."""
-        if self.id is not None:
-            call = self.connection.start("close", 2.0, session=self.id)
-            self.leave()
-            self.connection.settle([call])
+        """See `close_all`."""
+        close_all([self])
 
 
 def settle(sessions: Sequence[RemoteSession], calls: Sequence[Call]) -> None:
@@ -251,6 +256,39 @@ def settle(sessions: Sequence[RemoteSession], calls: Sequence[Call]) -> None:
         by_connection.setdefault(session.connection, []).append(call)
     for connection, own in by_connection.items():
         connection.settle(own)
+
+
+def exchange(sessions: Sequence[RemoteSession], starts: Sequence[Callable[[], Call]]) -> list[Call]:
+    """One call of each session, settled. Where one cannot be started, those that were are taken in all the same.
+
+    Raises:
+        InputError, ServingError: as the one that cannot be started.
+    """
+    calls: list[Call] = []
+    try:
+        for start in starts:
+            calls.append(start())
+    except (InputError, ServingError):
+        begun = sessions[: len(calls)]
+        settle(begun, calls)
+        with contextlib.suppress(InputError, ServingError):
+            accept_all(begun, calls)
+        raise
+    settle(sessions, calls)
+    return calls
+
+
+def close_all(sessions: Sequence[RemoteSession]) -> None:
+    """Close sessions on their servers too, where those are there and answer within 2 s."""
+    there = [session for session in sessions if session.id is not None]
+    calls = []
+    for session in there:
+        call = session.connection.start("close", 2.0, session=session.id)
+        if not session.connection.connected:
+            call.deadline = 0.0
+        session.leave()
+        calls.append(call)
+    settle(there, calls)
 
 
 def accept_all(sessions: Sequence[RemoteSession], calls: Sequence[Call]) -> list[RemoteTurn]:
@@ -274,13 +312,14 @@ def reset_all(
     Raises:
         InputError, ServingError: as `RemoteSession.start_reset` and `accept`.
     """
-    calls = [s.start_reset(seed, options) for s, seed in zip(sessions, seeds, strict=True)]
-    settle(sessions, calls)
+    starts = [partial(s.start_reset, seed, options) for s, seed in zip(sessions, seeds, strict=True)]
+    calls = exchange(sessions, starts)
     gone = [i for i, call in enumerate(calls) if _gone(call)]
     for i in gone:
         sessions[i].leave()
-        calls[i] = sessions[i].start_reset(seeds[i], options)
-    settle([sessions[i] for i in gone], [calls[i] for i in gone])
+    again = exchange([sessions[i] for i in gone], [starts[i] for i in gone])
+    for i, call in zip(gone, again, strict=True):
+        calls[i] = call
     return accept_all(sessions, calls)
 
 
@@ -294,9 +333,15 @@ def _gone(call: Call) -> bool:
 
 def _seed(seed: Any) -> int | None:
     try:
-        return None if seed is None else operator.index(seed)
+        return None if seed is None else _carried(operator.index(seed), "seed")
     except TypeError as error:
         raise InputError(f"seed is {seed!r}, expected an integer or None") from error
+
+
+def _carried(value: int, name: str) -> int:
+    if abs(value) > MAX_SEQ:
+        raise InputError(f"{name} is {value}, expected an integer below 2^63 for a served world")
+    return value
 
 
 def _turn(reply: Reply) -> RemoteTurn:
@@ -321,15 +366,7 @@ def _start(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str,
     given = dict(options or {})
     if "episode" in given:
         raise InputError("a server reads no dataset that a client names; give the clip of the episode")
-    unknown = sorted(set(given) - set(RESET_OPTIONS))
-    if unknown:
-        raise InputError(f"unknown reset options: {', '.join(unknown)} (known: {', '.join(RESET_OPTIONS)})")
-    if given.pop("start", "bank") != "bank":
-        raise InputError(
-            'reset option start must be "bank"; give an image, clip, prompt or snapshot by its own key'
-        )
-    if len(given) > 1:
-        raise InputError(f"reset options {', '.join(sorted(given))} exclude each other; give one")
+    given = check_reset_options(given)
     pictures: tuple[str, ...] = ("image", "clip")
     arrays = {name: _array(given.pop(name), name) for name in pictures if name in given}
     if "snapshot" in given:
@@ -337,7 +374,7 @@ def _start(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str,
     index = given.get("bank_index")
     if "bank_index" in given and (isinstance(index, bool) or not isinstance(index, int | np.integer)):
         raise InputError(f"bank_index is {index!r}, expected an integer")
-    return {k: int(v) if k == "bank_index" else v for k, v in given.items()}, arrays
+    return {k: _carried(int(v), k) if k == "bank_index" else v for k, v in given.items()}, arrays
 
 
 def _handle(snapshot: Any) -> bytes:
@@ -356,8 +393,8 @@ def _array(value: Any, name: str) -> np.ndarray:
     return array
 
 
-def _sendable(action: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _sendable(action: Any, sequence: bool = False) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
-        return encode_action(action)
+        return encode_action(action, sequence=sequence)
     except (ServingError, ValueError, TypeError) as error:
         raise InputError(f"action of type {type(action).__name__} is not an array: {error}") from error

@@ -44,6 +44,38 @@ class Backlog:
     nbytes: int = 0
 
 
+def bound(
+    socket: zmq.Socket[bytes], url: str, keys: KeyPair | None, patience: float = 0.0
+) -> zmq.Socket[bytes]:
+    """The socket, bound for the keys that are allowed (None: for everybody); a taken address is tried ``patience`` seconds.
+
+    Raises:
+        InputError: the address cannot be bound; the socket is closed then.
+    """
+    if keys is not None:
+        socket.curve_server, socket.zap_domain = True, ZAP_DOMAIN
+        socket.zap_enforce_domain = True  # else a dead handler would let every key in
+        socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
+    end = time.monotonic() + patience
+    port = url.rpartition(":")[2]
+    try:
+        if port.isdigit() and int(port) > 65535:  # libzmq would take it modulo 65536
+            raise InputError(f"cannot bind {url}: expected a port up to 65535")
+        while True:
+            try:
+                socket.bind(url)
+                return socket
+            except zmq.ZMQError as error:
+                if time.monotonic() > end:
+                    raise InputError(
+                        f"cannot bind {url}: {error}; expected tcp://address:port, free"
+                    ) from error
+                time.sleep(0.01)
+    except BaseException:
+        socket.close(0)
+        raise
+
+
 class Transport:
     """A bound ROUTER. ``counts``: messages received, sent, dropped (``unreachable``, ``backlog``), rebound.
 
@@ -68,22 +100,7 @@ class Transport:
         s.linger, s.maxmsgsize, s.router_mandatory = 0, MAX_MESSAGE, 1
         s.sndhwm, s.rcvhwm = 8, 0
         s.handshake_ivl, s.heartbeat_ivl, s.heartbeat_timeout, s.heartbeat_ttl = 2000, 1000, 3000, 3000
-        if self._keys is not None:
-            s.curve_server, s.zap_domain = True, ZAP_DOMAIN
-            s.zap_enforce_domain = True  # else a dead handler would let every key in
-            s.curve_publickey, s.curve_secretkey = self._keys.public, self._keys.secret
-        end = time.monotonic() + patience
-        while True:
-            try:
-                s.bind(url)
-                return s
-            except zmq.ZMQError as error:
-                if time.monotonic() > end:
-                    s.close(0)
-                    raise InputError(
-                        f"cannot bind {url}: {error}; expected tcp://address:port, free"
-                    ) from error
-                time.sleep(0.01)
+        return bound(s, url, self._keys, patience)
 
     def rebind(self) -> None:
         """Drop every connection and all that has piled up in them; clients come back by themselves.

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from envs.options import EnvOptions, Observation, StepMode
-from envs.serving.connection import HIGH_WATER, Connection, client_keys
+from envs.serving.connection import HIGH_WATER, Connection, Unanswered, client_keys
 from envs.serving.remote import RemoteChunk, RemoteTurn, RemoteWorld
-from envs.serving.session import RemoteSession, accept_all, reset_all, settle
+from envs.serving.session import RemoteSession, accept_all, close_all, exchange, reset_all
 from envs.slots import (
     check_autoreset,
     check_slots,
@@ -141,14 +142,21 @@ class RemoteVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
         resetting = finished if self.autoreset_mode == AutoresetMode.NEXT_STEP else []
         stepping = [b for b in range(self.num_envs) if b not in resetting]
         chosen = self._checked(actions, stepping)
+        unsettled = [b for b in stepping if self.sessions[b].unsettled]
+        if unsettled:
+            raise Unanswered(
+                "conflict",
+                f"whether slots {unsettled} took their last step is not known; reset them with "
+                'options={"reset_mask": ...}, or all',
+            )
         # one that is reset and those that step are under way together
-        sessions = [self.sessions[b] for b in range(self.num_envs)]
-        calls = [
-            sessions[b].start_reset(None, None) if b in resetting else sessions[b].start_step(chosen[b])
-            for b in range(self.num_envs)
+        starts = [
+            partial(session.start_reset, None, None)
+            if b in resetting
+            else partial(session.start_step, chosen[b])
+            for b, session in enumerate(self.sessions)
         ]
-        settle(sessions, calls)
-        accept_all(sessions, calls)
+        accept_all(self.sessions, exchange(self.sessions, starts))
         return self._outcome(resetting)
 
     def render(self) -> tuple[Any, ...] | None:
@@ -162,8 +170,7 @@ class RemoteVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close the sessions and the connections."""
-        for session in self.sessions:
-            session.close()
+        close_all(self.sessions)
         self._close_connections()
 
     # ---- parts ----------------------------------------------------------------------------------------------------

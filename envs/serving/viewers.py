@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,13 +15,18 @@ import zmq
 
 from envs.serving.messages import encode_reply, join_frames
 from envs.serving.protocol import Reply, Request, ServingError
-from envs.serving.security import ZAP_DOMAIN, KeyPair
+from envs.serving.security import KeyPair
 from envs.serving.sessions import Session, Waiter
+from envs.serving.transport import bound
+from worldmodel.errors import InputError
+
+log = logging.getLogger(__name__)
 
 MAX_BROADCASTS = 8
 MAX_PARKED = 1024
 MAX_WAIT = 30.0
 MAX_ACTION_TEXT = 2048
+MAX_ASKED = 1024  # bytes of what a subscriber sends at a time; libzmq keeps 44 for each byte of a topic
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,8 @@ def picture(session: Session, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What a viewer is told beside the frames."""
     shown = session.shown
     assert shown is not None
-    text = None if shown.action is None else json.dumps(_plain(shown.action))
+    small = shown.action is not None and _size(shown.action) <= MAX_ACTION_TEXT
+    text = json.dumps(_plain(shown.action)) if small else None
     if text is not None and len(text) > MAX_ACTION_TEXT:
         text = None
     result = {k: v for k, v in shown.result.items() if k in ("reward", "terminated", "truncated", "info")}
@@ -50,6 +57,13 @@ def _plain(action: Any) -> Any:
     if isinstance(action, Mapping):
         return {key: _plain(value) for key, value in action.items()}
     return action if isinstance(action, str) else np.asarray(action).tolist()
+
+
+def _size(action: Any) -> int:
+    """Numbers and characters of an action."""
+    if isinstance(action, Mapping):
+        return sum(map(_size, action.values()))
+    return len(action) if isinstance(action, str) else np.size(action)
 
 
 def jpegs(frames: np.ndarray, quality: int) -> tuple[np.ndarray, list[int]]:
@@ -85,7 +99,7 @@ class Viewers:
         self._reply = reply
         self._post = post
         self._parked: list[Parked] = []
-        self._broadcasts: dict[bytes, tuple[zmq.Socket[bytes], int, int]] = {}
+        self._broadcasts: dict[bytes, tuple[zmq.Socket[bytes], str, int]] = {}
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="worldmodel-jpeg")
         self._encoding: dict[tuple[bytes, int, int], Future[tuple[np.ndarray, list[int]]]] = {}
 
@@ -114,8 +128,8 @@ class Viewers:
         for parked in ready:
             self._answer(parked)
         if session.name in self._broadcasts:
-            socket, _, quality = self._broadcasts[session.name]
-            self._encoded(session, quality, lambda reply: _publish(socket, reply))
+            quality = self._broadcasts[session.name][2]
+            self._encoded(session, quality, lambda reply: self._publish(session.name, reply))
 
     def gone(self, session: Session, error: ServingError) -> None:
         """A session is no more."""
@@ -144,19 +158,31 @@ class Viewers:
             return {}
         quality = _quality(request, 90) or 90
         if session.name in self._broadcasts:
-            socket, port, _ = self._broadcasts[session.name]
+            socket, url, _ = self._broadcasts[session.name]
         elif len(self._broadcasts) >= MAX_BROADCASTS:
             raise ServingError("busy", f"{MAX_BROADCASTS} sessions are broadcast; turn one off", 5.0)
         else:
-            socket = self._context.socket(zmq.PUB)
-            socket.linger, socket.conflate, socket.handshake_ivl = 0, True, 2000
-            if self._keys is not None:
-                socket.curve_server, socket.zap_domain = True, ZAP_DOMAIN
-                socket.zap_enforce_domain = True
-                socket.curve_publickey, socket.curve_secretkey = self._keys.public, self._keys.secret
-            port = socket.bind_to_random_port(address)
-        self._broadcasts[session.name] = socket, port, quality
-        return {"port": port}
+            socket = self._bound(f"{address}:*")
+            url = bytes(socket.last_endpoint).decode()  # type: ignore[arg-type]
+        self._broadcasts[session.name] = socket, url, quality
+        return {"port": int(url.rpartition(":")[2])}
+
+    def _bound(self, url: str, patience: float = 0.0) -> zmq.Socket[bytes]:
+        socket = self._context.socket(zmq.PUB)
+        # conflate: the newest change to each subscriber, and the newest subscription of each
+        socket.linger, socket.conflate, socket.handshake_ivl = 0, True, 2000
+        socket.maxmsgsize = MAX_ASKED
+        return bound(socket, url, self._keys, patience)
+
+    def rebind(self) -> None:
+        """Drop all who follow a broadcast, and what they have subscribed to; who may connect comes back by themselves."""
+        for name, (socket, url, quality) in list(self._broadcasts.items()):
+            socket.close(0)
+            del self._broadcasts[name]
+            try:
+                self._broadcasts[name] = self._bound(url, 5.0), url, quality
+            except InputError as error:
+                log.warning("a broadcast has ended: %s", error)
 
     def silence(self, session: Session) -> None:
         """Stop a broadcast, if there is one."""
@@ -164,7 +190,10 @@ class Viewers:
             self._broadcasts.pop(session.name)[0].close(0)
 
     def close(self) -> None:
-        """Stop all broadcasts and the encoder."""
+        """Stop all broadcasts and the encoder, and answer those who wait."""
+        stopping = ServingError("busy", "the server is about to stop", 1.0)
+        for parked in self._parked:
+            self._reply(parked.waiter, Reply(parked.waiter.request, error=stopping))
         for socket, _, _ in self._broadcasts.values():
             socket.close(0)
         self._broadcasts.clear()
@@ -201,13 +230,12 @@ class Viewers:
 
         future.add_done_callback(done)
 
+    def _publish(self, name: bytes, reply: Reply) -> None:
+        if name in self._broadcasts:
+            self._broadcasts[name][0].send(join_frames(encode_reply(reply)), zmq.DONTWAIT)
+
     def _forget(self, key: tuple[bytes, int, int]) -> None:
         self._encoding.pop(key, None)
-
-
-def _publish(socket: zmq.Socket[bytes], reply: Reply) -> None:
-    if not socket.closed:
-        socket.send(join_frames(encode_reply(reply)), zmq.DONTWAIT)
 
 
 def _quality(request: Request, default: int | None) -> int | None:

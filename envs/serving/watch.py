@@ -167,12 +167,16 @@ class Film:
     """A video file that keeps pace with the clock: what comes faster is thinned, what comes slower is held.
 
     Raises:
-        InputError: a suffix other than .mp4 or .webm. WorldModelError: this OpenCV cannot write it.
+        InputError: a suffix other than .mp4 or .webm, or no folder for it. WorldModelError: this OpenCV cannot write it.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         if not CODECS.get(path.suffix):
             raise InputError(f"{path.name}: expected a name that ends in .mp4 or .webm")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}; choose another folder") from error
         self.path = path
         self.written = 0
         self._clock = clock
@@ -195,7 +199,6 @@ class Film:
 
     def _open(self, size: tuple[int, ...], fps: float) -> None:
         code = cv2.VideoWriter.fourcc(*CODECS[self.path.suffix])
-        self._part.parent.mkdir(parents=True, exist_ok=True)
         with quiet_opencv():
             self._writer, self._fps = cv2.VideoWriter(str(self._part), code, fps, (size[1], size[0])), fps
         if not self._writer.isOpened():
@@ -253,13 +256,14 @@ def watch(
         if film is None:
             window = Window("worldmodel watch", 1.0)  # refuses here, where OpenCV has no windows
             stack.callback(window.close)
+        stack.enter_context(contextlib.suppress(KeyboardInterrupt))
         for view in views(viewer, end):
-            seen += 1
             if film is not None:
                 film.add(view.pictures(), view.fps)
             elif window is not None:
                 window.fps = view.fps
                 window.show(view.pictures())
+            seen += 1
     return seen
 
 

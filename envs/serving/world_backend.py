@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from gymnasium.utils import seeding
 
-from envs.options import EnvOptions, batch_of_one, check_max_chunks, load_world
+from envs.options import EnvOptions, batch_of_one, check_max_chunks, check_reset_options, load_world
 from envs.serving.actions import decode_action
 from envs.serving.batches import (
     Batch,
@@ -40,7 +40,6 @@ from envs.serving.worker import Finished, Job, Outcome, internal_error
 from envs.snapshot import check_snapshot, continue_snapshot
 from envs.turn import (
     begin,
-    check_reset_options,
     choose_start,
     chunks_apart,
     jumped,
@@ -151,9 +150,11 @@ class WorldBackend:
             return Outcome({"snapshot": job.made[0], "nbytes": held_bytes(alone.batch.state)})
         if request.op == "restore":
             snapshot = self._snapshot(request)
-            check_snapshot(session.world, snapshot.snapshot(), session.options)
+            moment = snapshot.snapshot()
+            check_snapshot(session.world, moment, session.options)
             after = replace(
                 snapshot,
+                slot=_one(session.world.adopt(moment.state)),
                 world=session.world,
                 options=session.options,
                 max_chunks=session.max_chunks,
@@ -190,7 +191,9 @@ class WorldBackend:
         request = job.request
         seed = request.args.get("seed")
         rng = copy.deepcopy(session.rng) if seed is None else _stream(seed)
-        source: dict[str, Any] = {k: request.args[k] for k in ("bank_index", "prompt") if k in request.args}
+        source: dict[str, Any] = {
+            k: request.args[k] for k in ("start", "bank_index", "prompt") if k in request.args
+        }
         source |= {k: np.asarray(v) for k, v in request.arrays.items()}
         if "snapshot" in request.args:
             source["snapshot"] = self._snapshot(request).snapshot()
@@ -206,9 +209,9 @@ class WorldBackend:
 
     def _step_row(self, job: Job, session: Session) -> Row | Outcome:
         given = _action(job.request)
+        action = self._lifted(session, given)
         if not session.turn.over:
             return self._enter(job, replace(session, turn=session.turn.next_frame()), given)
-        action = self._lifted(session, given)
         return Row(job, ("step", session.world.spec.sampling, kinds(action)), session, action)
 
     def _real_row(self, job: Job, session: Session) -> Row:

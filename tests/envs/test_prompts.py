@@ -11,6 +11,10 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 
 import envs
+from envs.options import batch_of_one
+from envs.serving.batches import kinds, stacked
+from envs.serving.server import WorldServer
+from envs.serving.world_backend import WorldBackend
 from tests.toy import TEXT, TOLD, toy_world, write_wan_toy
 from worldmodel import InputError, WorldModel
 
@@ -127,6 +131,63 @@ def test_a_snapshot_goes_over_to_an_environment_with_guidance(told: WorldModel, 
     assert guided.last_chunk.guided_log_prob is not None
     guided.reset(options={"snapshot": snapshot})
     assert guided.state.context.uncond is not None and guided.state.prompts == ("a corgi",)
+
+
+def test_a_served_world_takes_prompts_as_a_local_one(told: WorldModel, both: WorldModel) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    torque = np.ones((2, 1), np.float32)
+    for world, plan in (
+        (told, ["a cat", "a red dog"]),
+        (both, {"prompt": ["a cat", "a red dog"], "action": torque}),
+    ):
+        with WorldServer(WorldBackend(world), "tcp://127.0.0.1:*") as server:
+            local, remote = envs.WorldModelEnv(world), envs.RemoteEnv(server.url)
+            for options in (
+                {"prompt": "a corgi", "image": picture},
+                {"prompt": "a corgi", "bank_index": 2},
+                {"prompt": "a corgi", "start": "bank"},
+                {"prompt": "a corgi"},
+            ):
+                assert np.array_equal(
+                    local.reset(seed=0, options=options)[0], remote.reset(seed=0, options=options)[0]
+                )
+            for ours, theirs in zip(local.imagine(plan), remote.imagine(plan), strict=True):
+                assert np.array_equal(ours.frames.numpy(), theirs.frames)
+                assert np.array_equal(ours.log_prob.numpy(), theirs.log_prob)
+            for options in (
+                {"prompt": "a", "snapshot": remote.snapshot()},
+                {"prompt": "a", "image": picture, "bank_index": 1},
+            ):
+                with pytest.raises(InputError, match="exclude each other"):
+                    remote.reset(options=options)
+            for wrong in ("a cat", ["x" * 100], [["a"]]):
+                with pytest.raises(InputError):
+                    remote.imagine(wrong if world is told else {"prompt": wrong, "action": torque[:1]})
+            remote.close()
+
+
+def test_a_served_snapshot_goes_over_to_a_session_with_guidance(told: WorldModel) -> None:
+    backend = WorldBackend(told)
+    with WorldServer(backend, "tcp://127.0.0.1:*") as server:
+        plain, guided = envs.RemoteEnv(server.url), envs.RemoteEnv(server.url, guidance=2.0)
+        local = [envs.WorldModelEnv(told), envs.WorldModelEnv(told, guidance=2.0)]
+        for env in (plain, local[0]):
+            env.reset(seed=0, options={"prompt": "a corgi"})
+        guided.reset(seed=1)
+        guided.restore(plain.snapshot())
+        assert guided.session.id is not None
+        state = backend._sessions[guided.session.id].slot.state()
+        assert state.context.uncond is not None  # as those have that it may share a pass with
+        local[1].restore(local[0].snapshot())
+        assert np.array_equal(guided.step("a corgi")[0], local[1].step("a corgi")[0])
+        plain.close()
+        guided.close()
+
+
+def test_prompts_of_any_length_share_a_pass() -> None:
+    batches = [batch_of_one(TEXT, prompt) for prompt in ("a cat", "a red dog")]
+    assert kinds(batches[0]) == kinds(batches[1])
+    assert stacked(batches).tolist() == ["a cat", "a red dog"]
 
 
 def test_a_first_chunk_of_one_picture_fills_the_observation(wan: WorldModel) -> None:

@@ -69,6 +69,9 @@ def test_check_env() -> None:
     env = gymnasium.make("CartPole-v1", render_mode="rgb_array")
     check_env(envs.ChunkedEnv(env), skip_render_check=True, skip_close_check=True)
     assert isinstance(envs.ChunkedEnv(env).action_space, spaces.Discrete)
+    check_env(pendulum(), skip_render_check=True, skip_close_check=True)
+    spec = pendulum(frame_skip=2).spec
+    assert spec is not None and gymnasium.make(spec).observation_space.shape == (2, 32, 32, 3)
 
 
 def test_recording(tmp_path: Path) -> None:

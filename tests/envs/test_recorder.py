@@ -91,6 +91,8 @@ def test_through_make_and_wrappers(toy_path: Path, tmp_path: Path) -> None:
         ("a.webm", [], 20),
         ("a.webm", moving_bar(2), 0),
         ("a.webm", moving_bar(2), float("nan")),
+        ("a.webm", moving_bar(2), float("inf")),
+        ("a.gif", moving_bar(2), float("inf")),
     ],
     ids=str,
 )
@@ -98,6 +100,14 @@ def test_bad_videos(tmp_path: Path, name: str, frames: Any, fps: float) -> None:
     with pytest.raises(InputError):
         envs.write_video(tmp_path / name, frames, fps)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_recorder_is_made_again_from_its_spec(toy_path: Path, tmp_path: Path) -> None:
+    env = gymnasium.make("worldmodel/Pendulum-v0", world=toy_path, max_chunks=2)
+    spec = envs.RecordChunks(env, tmp_path / "video.webm").spec
+    assert spec is not None
+    again = gymnasium.make(spec)
+    assert again.has_wrapper_attr("episodes") and again.get_wrapper_attr("path") == tmp_path / "video.webm"
 
 
 def test_an_old_video_survives_a_failed_one(tmp_path: Path, toy: WorldModel) -> None:

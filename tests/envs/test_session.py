@@ -1,6 +1,7 @@
 """Snapshots, forks, starts, real frames and bad input of the single environment."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import envs
 from tests.toy import write_toy
 from worldmodel import CheckpointError, Chunk, DataError, InputError, WorldModel, WorldModelError
 from worldmodel.condition.spaces import space_to_json
-from worldmodel.files import write_json
+from worldmodel.files import load_metadata, load_tensors, save_tensors, write_json
 from worldmodel.training.episodes import FORMAT_VERSION, Episode, episode_path, save_episode
 
 Step = tuple[Any, ...]
@@ -150,6 +151,32 @@ def test_bad_snapshots(toy: WorldModel, tmp_path: Path) -> None:
     for name in ("half", "state", "absent"):
         with pytest.raises(CheckpointError):
             envs.Snapshot.load(tmp_path / name)
+
+
+def test_snapshots_with_parts_that_do_not_fit(toy: WorldModel, tmp_path: Path) -> None:
+    env = envs.WorldModelEnv(toy)
+    env.reset(seed=0)
+    env.snapshot().save(tmp_path / "moment")
+    tensors, metadata = load_tensors(tmp_path / "moment"), load_metadata(tmp_path / "moment")
+    header = json.loads(metadata["worldmodel_snapshot"])
+    turn, rng = header["turn"], header["rng"]
+    wrong: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"rng": {}}, {}),
+        ({"rng": None}, {}),
+        ({"rng": {**rng, "bit_generator": "MT19937"}}, {}),
+        ({"rng": {**rng, "state": {"state": -1, "inc": 1}}}, {}),
+        *(({"turn": {**turn, "shown": shown}}, {}) for shown in (0, 5, -1, "4", None, 1.5)),
+        *(({"turn": {**turn, "info": info}}, {}) for info in ({}, None, {**turn["info"], "sweeps": "x"})),
+        ({"turn": {**turn, "reward": None}}, {}),
+        ({"turn": {**turn, "terminated": 3}}, {}),
+        ({}, {"chunk.frames": tensors["chunk.frames"][:0]}),
+        ({}, {"chunk.frames": tensors["chunk.frames"][:, :0]}),
+    ]
+    for changes, others in wrong:
+        told = {**metadata, "worldmodel_snapshot": json.dumps({**header, **changes})}
+        save_tensors(tmp_path / "wrong", {**tensors, **others}, told)
+        with pytest.raises(CheckpointError, match="not a saved snapshot"):
+            envs.Snapshot.load(tmp_path / "wrong")
 
 
 def test_info_is_plain_numbers(toy: WorldModel) -> None:
@@ -335,6 +362,10 @@ def test_bad_discrete_actions(tmp_path: Path, action: Any) -> None:
         {"max_chunks": 0},
         {"max_chunks": 1.5},
         {"termination_threshold": float("nan")},
+        {"termination_threshold": None},
+        {"termination_threshold": "0.5"},
+        {"guidance": "x"},
+        {"temperature": [1.0]},
         {"guidance": -1.0},
         {"temperature": float("inf")},
         {"context": "endless"},

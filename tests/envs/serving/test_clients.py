@@ -182,6 +182,9 @@ def test_a_wrong_action_is_an_input_error_and_changes_nothing(
         {"bank_index": 1, "clip": np.zeros((4, 32, 32, 3), np.uint8)},
         {"episode": ("data", 0, 0)},
         {"prompt": "a pendulum"},
+        {"prompt": 3},
+        {"bank_index": 2**70},
+        {"bank_index": 2**63},
     ],
     ids=str,
 )
@@ -194,6 +197,21 @@ def test_wrong_reset_options_are_input_errors(toy_server: WorldServer, options: 
         env.reset(options=options)
     env.step(np.ones(1, np.float32))
     env.close()
+
+
+@pytest.mark.parametrize("number", [2**63, 2**70])
+def test_numbers_beyond_the_wire_are_input_errors(toy_server: WorldServer, number: int) -> None:
+    env, endless = RemoteEnv(toy_server.url), RemoteEnv(toy_server.url, max_chunks=number)
+    with pytest.raises(InputError, match=f"seed is {number}"):
+        env.reset(seed=number)
+    with pytest.raises(InputError, match=f"max_chunks is {number}"):
+        endless.reset(seed=0)
+    env.reset(seed=0)
+    with pytest.raises((InputError, ServingError)):
+        env.score(np.zeros((4, 32, 32, 3), np.uint8), draws=number)
+    env.step([0.0])
+    env.close()
+    endless.close()
 
 
 def test_before_reset(toy_server: WorldServer) -> None:

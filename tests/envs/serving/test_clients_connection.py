@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from envs.serving import connection as module
 from envs.serving.connection import ClientKeys, Connection, Unanswered
 from envs.serving.messages import decode_request, encode_reply
 from envs.serving.protocol import Reply, Request, ServingError
-from tests.envs.serving.machines import within
+from tests.envs.serving.machines import eventually, within
 from tests.envs.serving.proxy import Proxy
 from worldmodel import InputError
 
@@ -247,6 +249,65 @@ def test_a_server_that_never_shakes_hands_raises_within_two_seconds() -> None:
         with within(2.0), pytest.raises(Unanswered, match="the handshake failed"):
             connection.ask("hello")
         connection.close()
+
+
+def test_a_known_server_that_does_not_shake_hands_is_gone_and_not_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It stands still: the wire is there, no handshake ends, and reconnections fail as often as they like."""
+    monkeypatch.setattr(module, "HANDSHAKE", 0.1)
+    with scripted(echo) as (url, _), Proxy(url) as proxy:
+        connection = Connection(proxy.url)
+        ask(connection, 1)
+        proxy.hold_replies = True
+        proxy.cut()
+        for _ in range(4):
+            call = connection.start("hello", 0.3)
+            connection.settle([call])
+            proxy.cut()
+            assert call.reply is not None and call.reply.error is not None
+            assert call.reply.error.code == "session_lost"
+        proxy.hold_replies = False
+        assert ask(connection, 2).result["number"] == 2
+        connection.close()
+
+
+def test_what_is_held_is_renewed_while_a_long_request_is_waited_for() -> None:
+    renewed: list[Request] = []
+    waiting: list[Request] = []
+
+    def answer(request: Request) -> list[Reply]:
+        if request.op != "renew":
+            waiting.append(request)
+            return []
+        renewed.append(request)
+        done = echo(waiting[0]) if len(renewed) == 3 else []
+        return [Reply(request.id, {"lease": 0.2, "missing": []}), *done]
+
+    with scripted(answer) as (url, _):
+        connection = Connection(url, timeout=20.0)
+        connection.lease = 0.2
+        connection.hold(bytes(24))
+        assert ask(connection, 1).result["number"] == 1
+        assert {request.args["sessions"][0] for request in renewed} == {bytes(24)}
+        assert not connection._calls
+        connection.close()
+
+
+def test_a_closed_connection_keeps_no_descriptors() -> None:
+    Connection("tcp://127.0.0.1:9").close()
+    before = len(os.listdir("/proc/self/fd"))
+    closed = [Connection("tcp://127.0.0.1:9") for _ in range(10)]
+    for connection in closed:
+        connection.close()
+    eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
+
+
+def test_errors_go_through_pickle() -> None:
+    for error in (ServingError("busy", "full", 0.5), Unanswered("internal", "no", None, "abc")):
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error) and str(again) == str(error)
+        assert vars(again) == vars(error)
 
 
 def test_a_wire_cut_during_the_handshake_is_no_refusal() -> None:

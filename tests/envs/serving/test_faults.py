@@ -16,7 +16,7 @@ import pytest
 import zmq
 from gymnasium.error import ResetNeeded
 
-from envs import RemoteEnv, RemoteVectorEnv, WorldModelEnv
+from envs import RemoteEnv, RemoteVectorEnv, WorldModelEnv, WorldModelVectorEnv
 from envs.serving.connection import Connection, Unanswered
 from envs.serving.messages import encode_request
 from envs.serving.protocol import Request, ServingError, new_id
@@ -248,6 +248,51 @@ def test_a_client_that_never_reads(capsys: pytest.CaptureFixture[str]) -> None:
         with capsys.disabled():
             print(f"\nothers' p99: {alone:.1f} ms alone, {beside:.1f} ms beside a client that never reads")
         good.close()
+
+
+def test_a_slot_that_is_not_settled_holds_back_the_others(toy: WorldModel, toy_server: WorldServer) -> None:
+    options: dict[str, Any] = {"num_envs": 3, "termination_threshold": 2.0}
+    remote, native = RemoteVectorEnv(toy_server.url, **options), WorldModelVectorEnv(toy, **options)
+    actions = np.zeros((3, 1), np.float32)
+    remote.reset(seed=0), native.reset(seed=0)
+    remote.sessions[1].unsettled = True
+    with pytest.raises(Unanswered, match=r"slots \[1\] .* reset"):
+        remote.step(actions)
+    assert [session.unsettled for session in remote.sessions] == [False, True, False]
+    assert not remote._connections[0]._calls
+    remote.reset(seed=0, options={"reset_mask": np.array([False, True, False])})
+    native.reset(seed=0, options={"reset_mask": np.array([False, True, False])})
+    np.testing.assert_allclose(remote.step(actions)[1], native.step(actions)[1], atol=1e-4)
+    remote.close()
+
+
+def test_where_one_slot_cannot_start_the_others_are_taken_in(
+    toy_server: WorldServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = RemoteVectorEnv(toy_server.url, 3)
+    remote.reset(seed=0)
+    failing = ServingError("unsupported", "no")
+    monkeypatch.setattr(remote.sessions[2], "start_step", lambda _: (_ for _ in ()).throw(failing))
+    with pytest.raises(ServingError, match="no"):
+        remote.step(np.zeros((3, 1), np.float32))
+    assert [(session.seq, session.unsettled) for session in remote.sessions] == [
+        (1, False),
+        (1, False),
+        (0, False),
+    ]
+    assert not remote._connections[0]._calls
+    monkeypatch.undo()
+    remote.reset(seed=0)
+    remote.close()
+
+
+def test_closing_many_slots_of_a_dead_server_takes_no_time() -> None:
+    frames = np.zeros((4, 32, 32, 3), np.uint8)
+    with WorldServer(Scripted(lambda _: frames), "tcp://127.0.0.1:*") as server:
+        env = RemoteVectorEnv(server.url, 20)
+        env.reset(seed=0)
+    with within(1.0):
+        env.close()
 
 
 @repeated(2, 20)

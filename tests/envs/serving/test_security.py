@@ -15,6 +15,8 @@ import zmq.utils.monitor
 from typer.testing import CliRunner
 
 from benchmarks.null_world import NullBackend
+from envs.serving import security
+from envs.serving.health import HealthPages
 from envs.serving.security import (
     KeyPair,
     KeyStore,
@@ -81,6 +83,19 @@ def test_damaged_files(tmp_path: Path, text: str) -> None:
         read_secret(tmp_path / "missing.secret")
     with pytest.raises(InputError):
         check_key("x" * 39, "key")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    store = KeyStore(tmp_path)
+    store.allow("alice", store.new("alice").public)
+    monkeypatch.setattr(security, "_private", denied)
+    monkeypatch.setattr(Path, "unlink", denied)
+    for call in (store.new, store.revoke, lambda name: store.allow(name, b"x" * 40)):
+        with pytest.raises(InputError, match=r"^cannot write .*: Permission denied; .*$"):
+            call("alice" if call == store.revoke else "bob")
 
 
 def test_a_damaged_allowed_file_shuts_out_nobody_else(tmp_path: Path) -> None:
@@ -154,6 +169,22 @@ def test_a_taken_address_is_one_line() -> None:
         WorldServer(NullBackend(), server.url)
     with pytest.raises(InputError, match="cannot bind"):
         WorldServer(NullBackend(), "tcp://127.0.0.1:http")
+    with pytest.raises(InputError, match="up to 65535"):
+        WorldServer(NullBackend(), "tcp://127.0.0.1:99999")
+
+
+@pytest.mark.parametrize("port", [99999, -1])
+def test_a_health_port_that_is_none_is_one_line(port: int) -> None:
+    with pytest.raises(InputError, match="choose another --health"):
+        HealthPages(port, lambda: True, lambda: True, dict)
+
+
+@pytest.mark.parametrize(
+    "options", [["--memory", "inf"], ["--memory", "1e300"], ["--lease", "inf"], ["--memory", "0"]], ids=str
+)
+def test_limits_that_are_none_are_one_line(options: list[str]) -> None:
+    with pytest.raises(InputError, match="expected finite numbers"):
+        CliRunner().invoke(app, ["serve", *options], catch_exceptions=False, standalone_mode=False)
 
 
 # ---- handshakes ---------------------------------------------------------------------------------------------------

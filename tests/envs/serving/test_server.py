@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zmq
 
 from benchmarks.null_world import FAIL, NullBackend
+from envs.serving import health
 from envs.serving.messages import decode_reply, split_frame
 from envs.serving.protocol import Request
 from envs.serving.server import WorldServer
@@ -296,6 +298,32 @@ def test_a_full_queue_and_deadlines_and_cancellation() -> None:
             assert wire.step(session, 1).result["info"]["chunk"] == 1
 
 
+def test_connections_are_dropped_once_where_that_frees_no_memory(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used, trimmed = 0, []
+    monkeypatch.setattr(health, "resident_bytes", lambda: used)
+    monkeypatch.setattr(health, "trim_memory", lambda: trimmed.append(used))
+    with WorldServer(NullBackend(), "tcp://127.0.0.1:*") as server, Wire(server.url) as wire:
+        session = wire.create()
+        port = wire.result("broadcast", session=session)["port"]
+        used = 1 << 40
+        eventually(lambda: server.transport.counts["rebound"] == 1)
+        clock.ahead += 2.0
+        eventually(lambda: len(trimmed) == 2)
+        time.sleep(0.3)  # some looks
+        assert (server.transport.counts["rebound"], len(trimmed)) == (1, 2)
+        used = 0
+        clock.ahead += 2.0
+        assert wire.step(session, 1).error is None
+        assert wire.result("broadcast", session=session)["port"] == port
+        time.sleep(0.2)
+        used = 1 << 40
+        eventually(lambda: server.transport.counts["rebound"] == 2)
+        clock.ahead += health.RECOVERY
+        eventually(lambda: server.transport.counts["rebound"] == 3)
+
+
 # ---- eyes -----------------------------------------------------------------------------------------------------
 def test_viewers_wait_for_changes(null: Wire) -> None:
     session = null.create()
@@ -322,8 +350,6 @@ def test_viewers_wait_for_changes(null: Wire) -> None:
 
 
 def test_a_broadcast_keeps_the_newest(null: Wire) -> None:
-    import zmq
-
     session = null.create()
     port = null.result("broadcast", session=session)["port"]
     assert null.result("broadcast", session=session)["port"] == port

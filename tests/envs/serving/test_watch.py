@@ -12,13 +12,21 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import zmq
 
+from benchmarks.null_world import NullBackend
 from envs import RemoteEnv
+from envs.serving import viewers
 from envs.serving.connection import Connection
 from envs.serving.protocol import ServingError
+from envs.serving.security import KeyStore, read_secret
 from envs.serving.server import WorldServer
+from envs.serving.sessions import Session
 from envs.serving.watch import Film, View, Viewer, thinned, watch
+from envs.serving.worker import Outcome
+from tests.envs.serving.wire import Wire
 from worldmodel import InputError
+from worldmodel.cli_watch import watch as command
 
 
 @pytest.fixture
@@ -27,6 +35,38 @@ def env(toy_server: WorldServer) -> Iterator[RemoteEnv]:
     env.reset(seed=0)
     yield env
     env.close()
+
+
+def test_ctrl_c_keeps_what_was_seen(
+    env: RemoteEnv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, old = tmp_path / "live.mp4", tmp_path / "old.mp4"
+    old.write_bytes(b"old")
+    views = [Viewer.next]
+
+    def interrupted(viewer: Viewer, wait: float) -> View | None:
+        if not views:
+            raise KeyboardInterrupt
+        return views.pop()(viewer, wait)
+
+    monkeypatch.setattr(Viewer, "next", interrupted)
+    for out, said in ((path, f"1 changes seen, written to {path}\n"), (old, "0 changes seen\n")):
+        command(env.session.connection.url, env.session.id.hex(), out)
+        assert capsys.readouterr().err == said
+    assert _length(path) >= 4
+    assert old.read_bytes() == b"old"
+
+
+def test_a_film_needs_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="choose another folder"):
+        Film(tmp_path / "file" / "live.mp4")
+
+
+@pytest.fixture
+def null() -> Iterator[Wire]:
+    with WorldServer(NullBackend(), "tcp://127.0.0.1:*") as server, Wire(server.url) as wire:
+        yield wire
 
 
 @contextmanager
@@ -159,6 +199,83 @@ def test_watch_writes_a_video_while_the_world_goes_on(env: RemoteEnv, tmp_path: 
     assert 4 < _length(tmp_path / "live.mp4") <= 20 * took + 10  # its pace is another test's
     with pytest.raises(InputError, match=r"\.mp4 or \.webm"):
         Film(tmp_path / "live.gif")
+
+
+def follower(wire: Wire, port: int, topic: bytes = b"") -> zmq.Socket[bytes]:
+    """A subscriber of a broadcast."""
+    socket = wire.context.socket(zmq.SUB)
+    socket.linger, socket.conflate = 0, True
+    if wire.keys is not None and wire.server is not None:
+        socket.curve_publickey, socket.curve_secretkey = wire.keys.public, wire.keys.secret
+        socket.curve_serverkey = wire.server
+    socket.subscribe(topic)
+    socket.connect(f"tcp://127.0.0.1:{port}")
+    return socket
+
+
+def test_who_subscribes_to_much_is_cut_off(null: Wire) -> None:
+    """libzmq keeps 44 bytes for each byte of a topic, and reads them in the thread that serves all."""
+    session = null.create()
+    port = null.result("broadcast", session=session)["port"]
+    greedy, sub = follower(null, port, bytes(2000)), follower(null, port)
+    monitor, seq = greedy.get_monitor_socket(zmq.EVENT_DISCONNECTED), 0
+    for socket in (monitor, sub):
+        while not socket.poll(20):
+            greedy.poll(0)  # a socket that is not looked at does not subscribe again
+            seq += 1
+            assert seq < 500 and null.step(session, seq).error is None
+    greedy.disable_monitor()
+    greedy.close(0)
+    sub.close(0)
+
+
+def test_a_revoked_key_sees_no_broadcast(tmp_path: Path) -> None:
+    store = KeyStore(tmp_path)
+    for name in ("alice", "bob"):
+        store.allow(name, store.new(name).public)
+    alice, bob = (read_secret(tmp_path / f"{name}.secret") for name in ("alice", "bob"))
+    with WorldServer(NullBackend(), "tcp://127.0.0.1:*", keys=store) as server:
+        wire, other = (Wire(server.url, keys, server.public_key) for keys in (alice, bob))
+        session, seq = wire.create(), 0
+        port = wire.result("broadcast", session=session)["port"]
+        subs = [follower(each, port) for each in (wire, other)]
+        for sub in subs:
+            while not sub.poll(20):
+                seq += 1
+                wire.step(session, seq)
+        store.revoke("bob")
+        time.sleep(0.3)  # it is noticed within two looks
+        for sub in subs:
+            while sub.poll(0):
+                sub.recv()
+        while not subs[0].poll(20):  # alice comes back by herself
+            seq += 1
+            wire.step(session, seq)
+        for later in range(1, 21):
+            wire.step(session, seq + later)
+        assert not subs[1].poll(200)
+        for socket in (*subs, wire.socket, other.socket):
+            socket.close(0)
+
+
+def test_a_large_action_is_not_made_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes seconds for one of 16 MiB, in the thread that serves all."""
+    written: list[object] = []
+    monkeypatch.setattr(viewers, "_plain", lambda action: written.append(action) or "text")
+    for n, text in ((3, '"text"'), (5000, None)):
+        shown = Outcome({}, {}, np.zeros((1, 2, 2, 3), np.uint8), {"a": np.zeros(n), "b": "x"})
+        session = Session(b"", "", {}, 0.0, shown=shown)
+        assert viewers.picture(session, {"world": "null", "fps": 20.0})["action"] == text
+    assert len(written) == 1
+
+
+def test_a_waiting_viewer_is_told_that_the_server_stops() -> None:
+    with WorldServer(NullBackend(), "tcp://127.0.0.1:*") as server, Wire(server.url) as wire:
+        sent = wire.send("next", session=wire.create(), args={"after": 1, "wait": 30.0})
+        wire.result("stats")
+        server.drain()
+        reply = wire.reply(5.0)
+        assert reply.id == sent and reply.error is not None and reply.error.code == "busy"
 
 
 @pytest.mark.slow

@@ -177,6 +177,18 @@ def test_a_batch_of_many_equals_many_batches_of_one(toy: WorldModel) -> None:
                 assert reply.result["info"][key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
 
 
+@pytest.mark.parametrize(
+    "wrong", [np.zeros(10_000, np.float32), np.float32([9.0]), np.float32([np.nan])], ids=len
+)
+def test_a_wrong_action_inside_a_chunk_is_refused(served: Wire, wrong: np.ndarray) -> None:
+    session = served.create(step_mode="frame")
+    assert served.step(session, 1).error is None
+    assert served.refused("step", session=session, seq=2, arrays={"action": wrong}) == "invalid"
+    assert served.refused("step", session=session, seq=2) == "invalid"
+    assert served.ask("next", session=session).result["action"] == "[0.0]"
+    assert served.step(session, 2).error is None
+
+
 def test_sessions_that_stay_together_are_not_copied(toy: WorldModel) -> None:
     state = toy.reset([0, 1, 2, 3])[0]
     slots = Batch(state).slots()
