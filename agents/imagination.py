@@ -266,8 +266,8 @@ def play_policy(agent: PolicyAgent, env: ChunkedEnv, seed: int, chunks: int) -> 
 
 def evaluate_imagination(world: WorldModel, config: TrialConfig, progress: Progress) -> Numbers:
     """The real returns of a policy that has learned in imagination alone, on held-out starts."""
-    count = config.policy_chunks
-    policy = train_policy(world, count, progress.path.with_name("policy.safetensors"))
+    path = progress.path.with_name(f"policy-{config.policy_chunks}.safetensors")
+    policy = train_policy(world, config.policy_chunks, path)
     env, agent = real_env(world), PolicyAgent(world, policy)
     chunks = episode_chunks(env, config)
     episodes = progress.each(
@@ -276,7 +276,7 @@ def evaluate_imagination(world: WorldModel, config: TrialConfig, progress: Progr
     env.close()
     returns = [e["return"] for e in episodes]
     return {
-        "imagined_chunks": count,
+        "imagined_chunks": chunks_learned(world, path),
         "frames": chunks * world.chunk_frames,
         "mean_return": mean_of(returns, config),
         "returns": returns,

@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
-from worldmodel import InputError, WorldModelError
+from worldmodel import CheckpointError, InputError, WorldModelError
 from worldmodel.files import write_atomic
 
 CODECS = {".webm": "VP80", ".mp4": "mp4v", ".gif": ""}
@@ -56,12 +56,24 @@ def _write_stream(temporary: Path, suffix: str, bgr: np.ndarray, fps: float) -> 
             )
         if not writer.isOpened():
             raise WorldModelError(f"this OpenCV cannot write {suffix}; try another of {', '.join(CODECS)}")
-        for frame in bgr:
-            writer.write(frame)
-        writer.release()
+        with quiet_opencv():
+            for frame in bgr:
+                writer.write(frame)
+            writer.release()
+            written = _frames_in(named)
+        if written < len(bgr):  # the writer itself says nothing
+            raise CheckpointError(f"{written} of {len(bgr)} frames could be written; is the disk full?")
         named.replace(temporary)
     finally:
         named.unlink(missing_ok=True)
+
+
+def _frames_in(path: Path) -> int:
+    capture, count = cv2.VideoCapture(str(path)), 0
+    while capture.grab():
+        count += 1
+    capture.release()
+    return count
 
 
 @contextlib.contextmanager

@@ -126,6 +126,17 @@ def test_it_is_converted_once_and_the_licence_shown_once(
     assert capsys.readouterr().err == ""
 
 
+def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("WORLDMODEL_CACHE", str(tmp_path / "own"))
+    assert published.cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("WORLDMODEL_CACHE")
+    assert published.cache_folder() == tmp_path / "xdg" / "worldmodel"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert published.cache_folder() == tmp_path / "home" / ".cache" / "worldmodel"
+
+
 def test_shards_hold_what_one_file_holds(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

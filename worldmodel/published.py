@@ -129,8 +129,10 @@ RELEASES = {
 
 
 def cache_folder() -> Path:
-    """Where converted worlds are kept: ``$WORLDMODEL_CACHE``, or ``~/.cache/worldmodel``."""
-    return Path(os.environ.get("WORLDMODEL_CACHE") or Path.home() / ".cache" / "worldmodel")
+    """What is made once is kept here: ``$WORLDMODEL_CACHE``, ``$XDG_CACHE_HOME/worldmodel`` or ``~/.cache/worldmodel``."""
+    if own := os.environ.get("WORLDMODEL_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "worldmodel"
 
 
 def obtain(name: str | Path) -> Path:

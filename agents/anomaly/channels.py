@@ -111,7 +111,7 @@ def measure(
 def measure_clips(
     world: WorldModel, clips: Sequence[Clip], title: str, seed: int = 0, progress: bool = True
 ) -> Iterator[tuple[int, Measurement]]:
-    """(index, T chunks) of every clip, each from an empty past, 64 side by side; longest first.
+    """(index, T chunks) of every clip, each from an empty past and the seed, 64 side by side; longest first.
 
     Raises:
         InputError: as `WorldModel.observe`, with the clip's number.
@@ -127,7 +127,7 @@ def measure_clips(
 def _measure_batch(world: WorldModel, clips: list[Clip], seed: int, bar: Any) -> list[Measurement]:
     """Clips by falling length; those that have ended leave the batch."""
     lengths = [len(clip.frames) for clip in clips]
-    state = world.initial_state([seed + i for i in range(len(clips))])
+    state = world.initial_state([seed] * len(clips))
     parts: list[list[Measurement]] = [[] for _ in clips]
     for t in range(lengths[0]):
         rows = sum(length > t for length in lengths)

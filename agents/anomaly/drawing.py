@@ -76,8 +76,9 @@ def _curve(
 def plot_records(axes: Any, records: Sequence[AnomalyRecord], limits: tuple[float, float]) -> None:
     """An episode on matplotlib axes: evidence and drift of every chunk, each relative to its alarm's limit."""
     chunks = [r.chunk for r in records]
-    axes.plot(chunks, [r.evidence / limits[0] for r in records], ".-", color="C0", label="this chunk")
-    axes.plot(chunks, [r.statistic / limits[1] for r in records], "-", color="C1", label="drift")
+    evidence, drift = zip(*(r.relative(limits) for r in records), strict=True)
+    axes.plot(chunks, evidence, ".-", color="C0", label="this chunk")
+    axes.plot(chunks, drift, "-", color="C1", label="drift")
     axes.axhline(1.0, color="0.4", lw=0.8, ls="--")
     for record in records:
         if record.alarm:

@@ -6,6 +6,7 @@ Axis letters: T chunks, F pixel frames of a chunk; h, w latent grid; height, wid
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,14 @@ class AnomalyRecord:
     def alarm(self) -> bool:
         """Something is wrong."""
         return self.instant or self.drifting
+
+    def relative(self, limits: tuple[float, float]) -> tuple[float, float]:
+        """Evidence and statistic, relative to their alarms' limits; of a limit of 0, infinite where above it."""
+        evidence, statistic = (
+            value / limit if limit else (math.inf if value > 0 else 0.0)
+            for value, limit in zip((self.evidence, self.statistic), limits, strict=True)
+        )
+        return evidence, statistic
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,18 @@ from tqdm import tqdm
 from agents.anomaly.calibration import MonitorConfig
 from agents.anomaly.channels import Clip, episode_clip
 from agents.anomaly.drawing import overlay_video, plot_records
-from agents.anomaly.monitor import AnomalyMonitor, AnomalyRecord
+from agents.anomaly.monitor import MONITOR_SEED, AnomalyMonitor, AnomalyRecord
 from envs.recorder import CODECS, write_video
 from worldmodel import CheckpointError, DataError, InputError, WorldModel
 from worldmodel.files import config_to_dict, write_atomic, write_json
+from worldmodel.published import cache_folder
 from worldmodel.training.episodes import EpisodeDataset
 from worldmodel.training.evaluate import held_out_dataset
 from worldmodel.training.plots import pyplot
 
 DEFAULT_EPISODES = 200
 """Normal episodes that are collected where no calibration is given."""
+DEFAULT_ALPHA = 0.05
 PLOTTED = 12
 """Episodes on the page of plots, the strangest first."""
 
@@ -61,12 +62,12 @@ def read_source(path: Path, world: WorldModel) -> Source:
         if world.actions is None:
             clips = [Clip(clip.frames, None) for clip in clips]
         return Source([f"{i:06d}" for i in range(len(clips))], clips, world.actions is not None)
-    files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in CODECS)
+    files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix.lower() in CODECS)
     if not files:
         raise DataError(
             f"{path} is no directory of episodes, no video and no directory of videos; give one of these"
         )
-    return Source([f.stem for f in files], [read_video(f, world) for f in files], False)
+    return Source([f.name for f in files], [read_video(f, world) for f in files], False)
 
 
 def read_video(path: Path, world: WorldModel) -> Clip:
@@ -95,29 +96,37 @@ def read_video(path: Path, world: WorldModel) -> Clip:
 
 
 def prepare_monitor(
-    world: WorldModel, calibration: Path | None, alpha: float, actions: bool
+    world: WorldModel, calibration: Path | None, alpha: float | None, actions: bool
 ) -> tuple[AnomalyMonitor, Path]:
     """A calibrated monitor and the file it lies in.
 
     ``calibration``: such a file, or normal episodes or videos as in `read_source`; None collects 200 fresh episodes of the
-    world's own environment. What is calibrated is kept in the user's cache folder, by world, episodes and settings.
+    world's own environment. ``alpha``: None for the file's own, else 0.05. What is calibrated is kept in the cache
+    folder, by world, episodes and settings.
 
     Raises:
-        CheckpointError, DataError, InputError: as reading, loading and calibrating.
+        CheckpointError, DataError, InputError: as reading, loading and calibrating, or a file of another alpha.
     """
     if calibration is not None and calibration.suffix == ".safetensors":
-        return AnomalyMonitor.load(calibration, world), calibration
+        saved = AnomalyMonitor.load(calibration, world)
+        if alpha not in (None, saved.alpha):
+            raise InputError(
+                f"{calibration} is calibrated to alpha {saved.alpha:g}, not {alpha:g}; ask for {saved.alpha:g}, or "
+                "calibrate on episodes"
+            )
+        return saved, calibration
+    alpha = DEFAULT_ALPHA if alpha is None else alpha
     config = MonitorConfig(actions=actions)
     folder = calibration or held_out_dataset(world, DEFAULT_EPISODES).folder
     identity = {
         "world": world.fingerprint,
         "config": config_to_dict(config),
         "alpha": alpha,
+        "seed": MONITOR_SEED,
         "normal": _identity(folder),
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    kept = home / "worldmodel" / "monitors" / f"{world.spec.name}-{key}.safetensors"
+    kept = cache_folder() / "monitors" / f"{world.spec.name}-{key}.safetensors"
     if kept.exists():
         return AnomalyMonitor.load(kept, world), kept
     normal = read_source(folder, world)
@@ -141,7 +150,7 @@ def _identity(folder: Path) -> Any:
 
 
 def monitor_source(
-    world: WorldModel, source: Path, calibration: Path | None, out: Path, alpha: float, videos: int
+    world: WorldModel, source: Path, calibration: Path | None, out: Path, alpha: float | None, videos: int
 ) -> dict[str, Any]:
     """Judge every episode of a source; writes ``monitor.json``, ``scores.csv``, ``monitor.png`` and overlay videos.
 
@@ -178,8 +187,7 @@ def monitor_source(
 
 
 def _strangeness(monitor: AnomalyMonitor, records: Sequence[AnomalyRecord]) -> float:
-    limits = monitor.limits
-    return max(max(r.evidence / limits[0], r.statistic / limits[1]) for r in records)
+    return max(max(r.relative(monitor.limits)) for r in records)
 
 
 def _summary(records: Sequence[AnomalyRecord]) -> dict[str, Any]:

@@ -6,9 +6,9 @@ channels) and test never share an episode. Axis letters: E episodes, T chunks; P
 
 from __future__ import annotations
 
-import os
+import hashlib
+import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,8 @@ from agents.anomaly.detection import Wins, interval, localisation, resamples, sh
 from agents.anomaly.monitor import MONITOR_SEED, AnomalyMonitor
 from agents.anomaly.perturbations import ENV_ID, ONSET, PERTURBATIONS, Perturbation, perturb_pictures
 from worldmodel import InputError, WorldModel
-from worldmodel.files import config_from_dict, config_to_dict, read_json
+from worldmodel.files import config_from_dict, config_to_dict
+from worldmodel.published import cache_folder
 from worldmodel.training.collect import CollectConfig, collect
 from worldmodel.training.episodes import Episode, EpisodeDataset
 
@@ -112,14 +113,13 @@ def evaluate_anomalies(
 
 # ---- episodes -------------------------------------------------------------------------------------------------------
 def _episodes(world: WorldModel, name: str, count: int, seed: int, **changes: Any) -> list[Episode]:
-    """Real episodes like those that the world was trained on, from the cache folder or collected into it."""
+    """Real episodes like those of the newest round that the world was trained on, kept in the cache folder."""
     own = config_from_dict(CollectConfig, world.spec.environment, "world.json: environment")
     made = replace(own, episodes=count, seed=seed, workers=2, **changes)
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = home / "worldmodel" / "anomalies" / f"{name.replace(' ', '-')}-{count}-{seed}"
-    described = folder / "dataset.json"
-    if not described.exists() or not read_json(described).get("complete"):
-        collect(made, folder)
+    described = json.dumps(config_to_dict(made), sort_keys=True)
+    key = hashlib.sha256(described.encode()).hexdigest()[:12]
+    folder = cache_folder() / "anomalies" / f"{name.replace(' ', '-')}-{key}"
+    collect(made, folder)
     dataset = EpisodeDataset.open(folder)
     return [dataset.episode(i) for i in range(count)]
 
@@ -131,7 +131,8 @@ def _perturbed(
     if perturbation.picture is not None:
         plain = _episodes(world, "camera", count, seed, chunks=chunks)
         return [perturb_pictures(e, perturbation, world.chunk_frames) for e in plain]
-    changes = {"env": ENV_ID, "env_kwargs": {"perturbation": perturbation.name}, "chunks": chunks}
+    arguments = {"perturbation": perturbation.name, "chunk_steps": world.chunk_frames}
+    changes = {"env": ENV_ID, "env_kwargs": arguments, "chunks": chunks}
     everywhere = np.ones(world.spec.frame_size, dtype=bool)
     return [(e, everywhere) for e in _episodes(world, perturbation.name, count, seed, **changes)]
 
@@ -211,12 +212,13 @@ def _false_alarms(fresh: Judged, config: AnomalyEvaluation) -> dict[str, Any]:
 def _table(
     monitor: AnomalyMonitor, fresh: Judged, rows: dict[str, Episodes], config: AnomalyEvaluation
 ) -> dict[str, Any]:
-    """Rows and their mean; the normal episodes are resampled together with each row's own."""
+    """Rows and their mean. The rows' episodes share their seeds, so one resampling is that of every row."""
     rng = np.random.default_rng(config.seed)
     columns = _columns(monitor)
     matched = slice(ONSET[0], config.chunks)
     negatives = [scores[matched] for scores in fresh.scores]
     normal = resamples(len(negatives), config.bootstrap, rng)
+    drawn = resamples(config.perturbed, config.bootstrap, rng)
     limit = np.quantile(np.concatenate(negatives)[:, -1], 0.99)
     table: dict[str, Any] = {}
     values, resampled = (
@@ -226,7 +228,6 @@ def _table(
     for r, (name, episodes) in enumerate(rows.items()):
         judged = _judge(monitor, episodes)
         positives = [s[label == 1] for s, label in zip(judged.scores, episodes.labels, strict=True)]
-        drawn = resamples(len(positives), config.bootstrap, rng)
         for c in range(len(columns)):
             wins = Wins([p[:, c] for p in positives], [n[:, c] for n in negatives])
             values[r, c], resampled[r, c] = wins.auroc(), wins.auroc(drawn, normal)
@@ -248,7 +249,7 @@ def _table(
                 "hottest_pixel_inside": share_interval(means[:, 1], config.bootstrap, rng),
             }
     mean = {
-        column: interval(values[:, c].mean(), resampled[:, c].mean(0), len(rows))
+        column: interval(values[:, c].mean(), resampled[:, c].mean(0), config.perturbed)
         for c, column in enumerate(columns)
     }
     return {"perturbations": table, "mean_auroc": mean}

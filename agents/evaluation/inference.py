@@ -147,7 +147,7 @@ def evaluate_counterfactuals(world: WorldModel, config: TrialConfig, progress: P
 
     parts = progress.each("counterfactuals", clip_seeds(config), one, unit="clip")
     env.close()
-    errors = {name: np.array([p[name] for p in parts]) for name in parts[0]}
+    errors = {name: np.array([p[name] for p in parts], dtype=np.float64) for name in parts[0]}
 
     def ratio(name: str) -> dict[str, float | int]:
         top, base = errors["counterfactual"], errors[name]
@@ -195,7 +195,7 @@ def evaluate_termination(world: WorldModel, config: TrialConfig, progress: Progr
     flags = [flag & p["terminated"] for flag, p in zip(flags, parts, strict=True)]
     numbers: Numbers = {"episodes": len(parts), "terminated": sum(p["terminated"] for p in parts)}
     for name, key in (("auroc", "imagined"), ("auroc_observed", "observed")):
-        scores = [np.array(p[key]) for p in parts]
+        scores = [np.array(p[key], dtype=np.float64) for p in parts]
         numbers[name] = resampled(
             lambda rows, scores=scores: auroc(  # type: ignore[misc]
                 np.concatenate([scores[r] for r in rows]), np.concatenate([flags[r] for r in rows])
@@ -225,8 +225,7 @@ def plot_termination(axes: Any, numbers: Numbers) -> None:
     """AUROC, imagined and observed; nothing where no episode terminated."""
     for place, name in enumerate(("auroc", "auroc_observed")):
         mean = numbers[name]
-        if mean["value"] is not None:
-            axes.plot([place, place], [mean["low"], mean["high"]], color="k")
-            axes.plot(place, mean["value"], "o")
+        axes.plot([place, place], [mean["low"], mean["high"]], color="k")
+        axes.plot(place, mean["value"], "o")
     axes.set_xticks([0, 1], ["imagined", "observed"])
     axes.set(title=f"termination, {numbers['terminated']} of {numbers['episodes']} episodes", ylabel="AUROC")

@@ -237,7 +237,7 @@ def evaluate_fidelity(world: WorldModel, config: TrialConfig, progress: Progress
     parts = progress.each("decision fidelity", config.seeds, one, unit="start")
     env.close()
     plain.close()
-    imagined, real = (np.array([p[k] for p in parts]) for k in ("imagined", "real"))
+    imagined, real = (np.array([p[k] for p in parts], dtype=np.float64) for k in ("imagined", "real"))
     fives = (len(parts), -1, 5)
     picked = imagined.reshape(fives).argmax(-1)[..., None]
     truly = np.take_along_axis(real.reshape(fives), picked, axis=-1)[..., 0]

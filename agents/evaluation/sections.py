@@ -28,7 +28,7 @@ from agents.evaluation.planning import (
     plot_planning,
     plot_returns,
 )
-from agents.evaluation.trial import Numbers, Progress, TrialConfig
+from agents.evaluation.trial import Numbers, Progress, TrialConfig, finite, with_nan
 from worldmodel import InputError, WorldModel
 from worldmodel.errors import ConfigError
 from worldmodel.files import write_atomic, write_json
@@ -41,14 +41,19 @@ class Section:
     """One part of the evaluation.
 
     dials: the fields of `TrialConfig` that its figures depend on. headlines: those figures, by the path of their keys.
-    without: environments that it says nothing about.
+    environments: those that it is for, () for all. without: those that it says nothing about.
     """
 
     run: Callable[[WorldModel, TrialConfig, Progress], Numbers]
     plot: Callable[[Any, Numbers], None]
     dials: tuple[str, ...]
     headlines: tuple[str, ...]
+    environments: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+
+    def fits(self, environment: str | None) -> bool:
+        """It says something about that environment."""
+        return environment not in self.without and (not self.environments or environment in self.environments)
 
 
 def _evaluate_imagination(world: WorldModel, config: TrialConfig, progress: Progress) -> Numbers:
@@ -123,7 +128,7 @@ SECTIONS: dict[str, Section] = {
         plot_anomalies,
         (),
         ("mean_auroc/combined", "mean_auroc/chunk alone", "false_alarms/per_episode"),
-        without=("LunarLander-v3",),
+        environments=("Pendulum-v1",),
     ),
 }
 
@@ -132,6 +137,8 @@ def evaluate_agents(
     world: WorldModel, out: str | Path, config: TrialConfig | None = None, only: Sequence[str] = ()
 ) -> Numbers:
     """Measure the sections named, all by default; writes ``agents.json``, ``agents.png`` and ``sections/`` into ``out``.
+
+    ``agents.json`` is written after every section.
 
     Raises:
         InputError: no section of that name, or a world that names no environment.
@@ -147,7 +154,7 @@ def evaluate_agents(
         "config": asdict(config),
     }
     environment = world.spec.environment.get("env")
-    for name in only or [n for n, section in SECTIONS.items() if environment not in section.without]:
+    for name in only or [n for n, section in SECTIONS.items() if section.fits(environment)]:
         section = SECTIONS[name]
         dials = {dial: getattr(config, dial) for dial in (*section.dials, "bootstrap")}
         progress = Progress(folder / "sections" / f"{name}.json", {"fingerprint": world.fingerprint, **dials})
@@ -155,7 +162,7 @@ def evaluate_agents(
             measured = section.run(world, config, progress)
             progress.finish(finite({**measured, "git_revision": revision}))
         numbers[name] = progress.kept["numbers"]
-    write_json(folder / "agents.json", numbers)
+        write_json(folder / "agents.json", numbers)
     plot_page(numbers, folder / "agents.png")
     return numbers
 
@@ -176,7 +183,7 @@ def plot_page(numbers: Numbers, path: Path) -> None:
     for axis in axes.ravel()[len(shown) :]:
         axis.set_axis_off()
     for name, axis in zip(shown, axes.ravel(), strict=False):
-        SECTIONS[name].plot(axis, numbers[name])
+        SECTIONS[name].plot(axis, with_nan(numbers[name]))
     figure.suptitle(f"agents in the world {numbers['world']}, revision {numbers['git_revision']}")
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     plt.close(figure)
@@ -199,12 +206,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return f"{_shown(value['value'])} [{_shown(value['low'])}, {_shown(value['high'])}] (n {value['n']})"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def finite(value: Any) -> Any:
-    """Numbers for JSON: None for what is not finite."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -81,11 +81,11 @@ class Progress:
     def each(
         self, name: str, keys: Iterable[int], compute: Callable[[int], Any], unit: str = "episode"
     ) -> list[Any]:
-        """``compute`` of every key, JSON-ready; those done before are read instead."""
+        """``compute`` of every key, JSON-ready, None for what is not finite; those done before are read instead."""
         parts = self.kept["parts"].setdefault(name, {})
         for key in tqdm(list(keys), desc=name, unit=unit):
             if str(key) not in parts:
-                parts[str(key)] = compute(key)
+                parts[str(key)] = finite(compute(key))
                 write_json(self.path, self.kept)
         return [parts[str(key)] for key in keys]
 
@@ -93,6 +93,24 @@ class Progress:
         """Keep the section's figures."""
         self.kept["numbers"] = numbers
         write_json(self.path, self.kept)
+
+
+def finite(value: Any) -> Any:
+    """Numbers for JSON: None for what is not finite."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def with_nan(value: Any) -> Any:
+    """Numbers for plots: NaN for None."""
+    if isinstance(value, dict):
+        return {k: with_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [with_nan(v) for v in value]
+    return math.nan if value is None else value
 
 
 def camera(world: WorldModel) -> CollectConfig:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,18 +12,21 @@ from gymnasium import spaces
 pytest.importorskip("stable_baselines3")
 from stable_baselines3.common.vec_env import VecCheckNan
 
+from agents.evaluation.trial import Progress, TrialConfig
 from agents.imagination import (
     ImaginedVecEnv,
     Observer,
     PolicyAgent,
     chunks_learned,
+    evaluate_imagination,
     policy_space,
     to_world,
     train_policy,
 )
 from tests.toy import BOX
 from worldmodel import WorldModel
-from worldmodel.files import load_tensors
+from worldmodel.files import config_to_dict, load_tensors
+from worldmodel.training.collect import CollectConfig, PolicyShare
 
 
 def test_slots_are_the_vector_environments(world: WorldModel) -> None:
@@ -85,6 +89,20 @@ def test_a_policy_is_kept_and_trained_on(world: WorldModel, tmp_path: Path) -> N
     assert all(BOX.contains(a) for a in actions)
     agent.reset()
     np.testing.assert_array_equal(agent.act(clip[0]), actions[0])
+
+
+def test_a_policy_of_another_length_is_not_judged(world: WorldModel, tmp_path: Path) -> None:
+    """PPO learns 1024 chunks at a time, which is what the figures say."""
+    pytest.importorskip("pygame")
+    own = copy.copy(world)
+    made = CollectConfig("Pendulum-v1", frame_size=(32, 32), policies=(PolicyShare("random"),))
+    own.spec = replace(world.spec, environment=config_to_dict(made))
+    config = TrialConfig(starts=1, chunks=1, policy_chunks=1025, bootstrap=2)
+    for asked, learned in ((1025, 2048), (1, 1024)):
+        progress = Progress(tmp_path / f"{asked}.json", {})
+        numbers = evaluate_imagination(own, replace(config, policy_chunks=asked), progress)
+        assert numbers["imagined_chunks"] == learned
+    assert chunks_learned(own, tmp_path / "policy-1.safetensors") == 1024
 
 
 def test_learning_stops_in_time(world: WorldModel, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 import envs
 from envs.recorder import CODECS
+from tests.full_disk import python
 from worldmodel import CheckpointError, InputError, WorldModel
 
 
@@ -47,6 +48,25 @@ def test_every_frame_comes_back(tmp_path: Path, suffix: str, fps: float) -> None
     errors = np.abs(frames.astype(int) - moving_bar()).mean(axis=(1, 2, 3))
     assert errors.max() < 4
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_a_video_that_does_not_fit_leaves_the_old_one(tmp_path: Path, suffix: str) -> None:
+    """OpenCV's writer reports nothing where a disk is full."""
+    path = tmp_path / f"bar{suffix}"
+    envs.write_video(path, moving_bar(), 20.0)
+    before = path.read_bytes()
+    code = """
+import sys, envs, numpy as np
+noise = np.random.default_rng(0).integers(0, 256, (60, 128, 128, 3), dtype=np.uint8)
+try:
+    envs.write_video(sys.argv[1], noise, 20.0)
+except envs.recorder.CheckpointError as error:
+    print(error)
+"""
+    done = python(code, path, file_size=100_000)
+    assert "of 60 frames could be written; is the disk full?" in done.stdout, done.stderr[-500:]
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("step_mode", ["chunk", "frame"])

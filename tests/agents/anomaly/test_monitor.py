@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from agents import AnomalyMonitor, Clip, MonitorConfig
+from agents.anomaly.drawing import plot_records
 from agents.anomaly.monitor import HeatScale
 from tests.toy import toy_world
 from worldmodel import CheckpointError, InputError, WorldModel
@@ -62,7 +64,7 @@ def test_a_foreign_picture_rings(world: WorldModel, monitor: AnomalyMonitor) -> 
     records = monitor.score_episode(frames, clip.actions)
     assert records[3].alarm
     assert records[3].onset == 3
-    assert records[3].score > 3 > records[2].score
+    assert records[3].score > 2 > records[2].score
     assert not records[2].alarm
 
 
@@ -76,6 +78,26 @@ def test_scoring_episodes_leaves_the_session(monitor: AnomalyMonitor, normal: li
         numbers(monitor.step(f, a)) for f, a in zip(normal[3].frames[1:], normal[3].actions[1:], strict=True)
     ]
     assert rest == first[1:]
+
+
+def test_an_episode_alone_or_among_others(monitor: AnomalyMonitor, normal: list[Clip]) -> None:
+    together = dict(monitor.score_episodes(normal[:3], progress=False))
+    for i, clip in enumerate(normal[:3]):
+        alone = monitor.score_episode(*clip)
+        for ours, theirs in zip(together[i], alone, strict=True):
+            assert ours.channels == pytest.approx(theirs.channels, rel=1e-4)
+
+
+def test_above_a_limit_of_zero(monitor: AnomalyMonitor, normal: list[Clip]) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    record = replace(monitor.score_episode(*normal[0])[2], evidence=1.0, statistic=0.0)
+    above = replace(record, chunk=3, statistic=0.1)
+    assert record.relative((0.5, 0.0)) == (2.0, 0.0)
+    assert above.relative((0.5, 0.0)) == (2.0, np.inf)
+    figure, axes = pyplot.subplots()
+    plot_records(axes, [record, above], (0.5, 0.0))
+    figure.canvas.draw()
+    pyplot.close(figure)
 
 
 def test_save_and_load(tmp_path: Path, monitor: AnomalyMonitor, normal: list[Clip]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +16,13 @@ import pytest
 from typer.testing import CliRunner
 
 from agents import AnomalyMonitor, Clip, MonitoredEnv
-from agents.anomaly.recordings import prepare_monitor, read_source, read_video
+from agents.anomaly.recordings import monitor_source, prepare_monitor, read_source, read_video
 from envs import ChunkedEnv
 from envs.recorder import write_video
 from tests.toy import write_toy
 from worldmodel import DataError, InputError, WorldModel
 from worldmodel.cli import app
+from worldmodel.files import config_to_dict
 from worldmodel.training.collect import CollectConfig, collect
 from worldmodel.training.episodes import EpisodeDataset
 
@@ -45,7 +48,7 @@ def world(folder: Path) -> WorldModel:
 
 @pytest.fixture(autouse=True)
 def cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setenv("WORLDMODEL_CACHE", str(folder / "cache"))
     return folder / "cache"
 
 
@@ -68,7 +71,7 @@ def test_a_directory_of_episodes(folder: Path, cache: Path) -> None:
     assert len(videos) == 1
     frames = cv2.VideoCapture(str(videos[0])).get(cv2.CAP_PROP_FRAME_COUNT)
     assert frames == 4 * chunks[int(videos[0].stem)]
-    kept = list((cache / "worldmodel" / "monitors").glob("*.safetensors"))
+    kept = list((cache / "monitors").glob("*.safetensors"))
     assert [str(k) for k in kept] == [numbers["calibration"]]
     written = kept[0].stat().st_mtime_ns
     assert CliRunner().invoke(app, arguments).exit_code == 0
@@ -86,6 +89,38 @@ def test_a_video_is_judged_without_actions(folder: Path, world: WorldModel) -> N
     monitor, _ = prepare_monitor(world, folder / "normal", 0.05, actions=False)
     records = monitor.score_episode(clip.frames)
     assert "action_loss" not in records[0].channels
+
+
+def test_videos_that_differ_in_their_suffix_alone(folder: Path, world: WorldModel, tmp_path: Path) -> None:
+    pictures = read_source(folder / "seen", world).clips[0].frames[:3].reshape(-1, 32, 32, 3)
+    for name in ("a.mp4", "a.webm", "b.mp4"):
+        write_video(tmp_path / "videos" / name, pictures, 30)
+    (tmp_path / "videos" / "b.mp4").rename(tmp_path / "videos" / "B.MP4")
+    numbers = monitor_source(world, tmp_path / "videos", folder / "normal", tmp_path / "out", None, videos=3)
+    assert [row["name"] for row in numbers["results"]] == ["B.MP4", "a.mp4", "a.webm"]
+    assert numbers["alpha"] == 0.05
+    assert {f.name for f in (tmp_path / "out").glob("*.mp4")} == {"B.MP4.mp4", "a.mp4.mp4", "a.webm.mp4"}
+
+
+def test_a_saved_monitor_keeps_its_alpha(folder: Path, world: WorldModel) -> None:
+    _, kept = prepare_monitor(world, folder / "normal", None, actions=True)
+    for alpha in (None, 0.05):
+        assert prepare_monitor(world, kept, alpha, actions=True)[0].alpha == 0.05
+    with pytest.raises(InputError, match=r"is calibrated to alpha 0\.05, not 0\.1; ask for 0\.05"):
+        prepare_monitor(world, kept, 0.1, actions=True)
+
+
+def test_fresh_episodes_are_kept_in_the_cache_folder(
+    world: WorldModel, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(made: CollectConfig, folder: Path) -> None:
+        raise DataError(str(folder.parent))
+
+    own = copy.copy(world)
+    own.spec = replace(world.spec, environment=config_to_dict(COLLECTION))
+    monkeypatch.setattr("worldmodel.training.evaluate.collect", stop)
+    with pytest.raises(DataError, match=re.escape(str(cache / "held_out"))):
+        prepare_monitor(own, None, None, actions=True)
 
 
 def test_sources_that_are_refused(folder: Path, world: WorldModel, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,18 @@ import numpy as np
 import pytest
 
 from agents.evaluation.planning import lander_state, pearson, pendulum_returns, play
-from agents.evaluation.sections import SECTIONS, evaluate_agents, finite, summary
-from agents.evaluation.trial import Progress, TrialConfig, auroc, camera, real_env, replay, resampled, walk
+from agents.evaluation.sections import SECTIONS, Section, evaluate_agents, plot_page, summary
+from agents.evaluation.trial import (
+    Progress,
+    TrialConfig,
+    auroc,
+    camera,
+    finite,
+    real_env,
+    replay,
+    resampled,
+    walk,
+)
 from tests.toy import write_toy
 from worldmodel import InputError, WorldModel
 from worldmodel.files import config_to_dict
@@ -62,6 +73,62 @@ def test_every_section_is_measured_kept_and_drawn(
     evaluate_agents(world, tmp_path, replace(TINY, clips=3), ("planning",))  # not one of its dials
     with pytest.raises(AssertionError, match="measured again"):
         evaluate_agents(world, tmp_path, replace(TINY, starts=1), ("planning",))
+
+
+def stand_in(section: Section, **numbers: Any) -> Section:
+    return replace(section, run=lambda *_: numbers, plot=lambda *_: None)
+
+
+def test_a_world_of_ones_own_has_the_sections_that_fit(
+    world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, section in SECTIONS.items():
+        monkeypatch.setitem(SECTIONS, name, stand_in(section))
+    expected = {"Pendulum-v1": "termination", "LunarLander-v3": "anomalies", "Own-v0": "anomalies"}
+    for env, absent in expected.items():
+        own = copy.copy(world)
+        own.spec = replace(world.spec, environment={**world.spec.environment, "env": env})
+        numbers = evaluate_agents(own, tmp_path / env, TINY)
+        assert set(SECTIONS) - set(numbers) == {absent}
+
+
+def test_what_was_measured_is_there_when_a_later_section_fails(
+    world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise InputError("it fails")
+
+    monkeypatch.setitem(SECTIONS, "planning", stand_in(SECTIONS["planning"], found=1.5))
+    monkeypatch.setitem(SECTIONS, "fidelity", replace(SECTIONS["fidelity"], run=fail))
+    with pytest.raises(InputError, match="it fails"):
+        evaluate_agents(world, tmp_path, TINY, ("planning", "fidelity"))
+    assert json.loads((tmp_path / "agents.json").read_text())["planning"]["found"] == 1.5
+
+
+def test_a_part_that_is_not_finite(tmp_path: Path) -> None:
+    progress = Progress(tmp_path / "section.json", {})
+    made = progress.each("part", range(2), lambda key: {"error": float("nan") if key else 0.5})
+    assert made == [{"error": 0.5}, {"error": None}]
+    assert Progress(tmp_path / "section.json", {}).kept["parts"]["part"]["1"] == {"error": None}
+
+
+def test_figures_that_are_not_finite_are_drawn(tmp_path: Path) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    none = {"value": None, "low": None, "high": None, "n": 2}
+    numbers: dict[str, Any] = {
+        "planning": {
+            "world": {"returns": [1.0, None], "mean_return": none},
+            "frames": 4,
+            "preset": "fast",
+        },
+        "fidelity": {"imagined": [[1.0, None]], "real": [[1.0, 2.0]], "r": none, "horizon": 2},
+        "inference": {"true": [1.0], "guess": [None], "level": 0.9, "coverage": none},
+        "counterfactuals": {"errors": {"fresh": [1.0, None]}, "unit": "degrees"},
+        "termination": {"auroc": none, "auroc_observed": none, "terminated": 0, "episodes": 2},
+        "imagination": {"returns": [1.0, None], "mean_return": none},
+    }
+    plot_page({"world": "toy", "git_revision": "unknown", **numbers}, tmp_path / "page.png")
+    assert pyplot.imread(tmp_path / "page.png").shape[2] == 4
 
 
 def test_an_interrupted_section_continues(tmp_path: Path) -> None:
