@@ -6,9 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from worldmodel.cli import main
+from worldmodel.training.loop import Interrupted
+from worldmodel.world import WorldModel
 
 
 def command(*arguments: str) -> list[str]:
@@ -36,6 +42,94 @@ def test_mistakes_are_told_in_one_line(arguments: tuple[str, ...], status: int, 
     assert done.returncode == status
     assert words in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def run_here(
+    arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str]:
+    """The status and the last line of a command that runs in this process."""
+    monkeypatch.setattr(sys, "argv", ["worldmodel", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert isinstance(left.value.code, int)
+    return left.value.code, capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (("rollout", "--hold", "0"), 2, "--hold"),
+        (("rollout", "--scale", "-1"), 2, "--scale"),
+        (("rollout", "--seed", "-1"), 2, "--seed"),
+        (("rollout", "--chunks", "0"), 2, "--chunks"),
+        (("rollout", "--out", "film.avi"), 1, "film.avi: expected a name that ends in one of .webm"),
+        (("rollout", "--out", "{file}/film.mp4"), 1, "cannot write into"),
+        (("generate", "pendulum", "--device", "cuda"), 1, "no GPU here"),
+        (("evaluate", "--horizon", "0"), 1, "horizon is 0, expected at least 1"),
+        (("evaluate", "--out", "{file}/report"), 1, "cannot write into"),
+        (("collect", "CartPole-v1", "--policy", "random=nan"), 1, "each with a finite share above 0"),
+        (("collect", "CartPole-v1", "--seed", "-1"), 1, "seed is -1, expected at least 0"),
+        (("collect", "CartPole-v1", "--frame-size", "0"), 1, "frame_size and workers must be at least 1"),
+        (("finetune", "pendulum", "--data", "x", "--out", "y", "--lr", "nan"), 1, "lr finite"),
+        (("finetune", "pendulum", "--data", "x", "--out", "y", "--seed", "-1"), 1, "seed is -1"),
+        (("finetune", "pendulum", "--data", "x", "--out", "{file}/y"), 1, "cannot write into"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_any_work(
+    arguments: tuple[str, ...],
+    status: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("worldmodel.training.evaluate.held_out_dataset", None)
+    given = [a.format(file=tmp_path / "file") for a in arguments]
+    got, line = run_here(given, monkeypatch, capsys)
+    assert got == status and words in line
+
+
+def test_a_rollout_that_is_stopped_writes_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, calls = WorldModel.step, []
+
+    def stopped(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(WorldModel, "step", stopped)
+    status, line = run_here(["rollout", "--out", str(tmp_path / "film.mp4")], monkeypatch, capsys)
+    assert (status, line) == (130, "worldmodel: stopped; 2 of 50 chunks were ready")
+    assert (tmp_path / "film.mp4").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stop", "told"),
+    [
+        (["info", "pendulum"], KeyboardInterrupt(), "stopped"),
+        (["evaluate", "pendulum"], KeyboardInterrupt(), "stopped; run the same command to continue"),
+        (["info", "pendulum"], Interrupted("flow: stopped at step 3"), "flow: stopped at step 3"),
+    ],
+)
+def test_what_is_stopped_ends_with_130_and_says_whether_it_goes_on(
+    arguments: list[str],
+    stop: BaseException,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stopped(*given: Any) -> Any:
+        raise stop
+
+    monkeypatch.setattr("worldmodel.published.obtain", stopped)
+    monkeypatch.setattr("worldmodel.world.WorldModel.load", stopped)
+    assert run_here(arguments, monkeypatch, capsys) == (130, f"worldmodel: {told}")
 
 
 def test_ctrl_c_says_so_and_leaves_whole_files(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Configurations are strict, writes are atomic, and broken files are one-line errors."""
 
 import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from worldmodel.files import (
     load_metadata,
     load_tensors,
     read_json,
+    remove_leftovers,
     save_tensors,
+    writable,
     write_atomic,
     write_json,
+    write_text,
 )
 
 
@@ -72,6 +76,41 @@ def test_the_old_file_survives_a_full_disk(tmp_path: Path) -> None:
         write_atomic(path, full)
     assert load_tensors(path)["a"].tolist() == [0, 1, 2]
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_files_have_the_mode_that_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        save_tensors(tmp_path / "t", {"a": torch.zeros(1)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "t").stat().st_mode & 0o777 == mode
+
+
+def test_what_killed_writes_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    (tmp_path / "flow").mkdir()
+    left = [tmp_path / "flow" / name for name in (".codec.json.0123abcd.tmp", ".tmpAb3dE9")]
+    others = [tmp_path / name for name in (".codec.json.89abcdef.tmp", ".tmpnotes.txt", "tmpAb3dE9")]
+    for path in left + others:
+        path.touch()
+    for path in left + others[1:]:
+        os.utime(path, (0, 0))
+    remove_leftovers(tmp_path)
+    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    writable(tmp_path / "new" / "folder")
+    assert (tmp_path / "new" / "folder").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot write into .* choose another place"):
+        writable(tmp_path / "file" / "folder")
+
+
+def test_text_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    write_text(tmp_path / "README.md", "größer → besser")
+    assert (tmp_path / "README.md").read_bytes() == "größer → besser".encode()
 
 
 def test_tensors_and_metadata_survive_the_round_trip(tmp_path: Path) -> None:

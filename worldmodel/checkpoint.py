@@ -42,8 +42,10 @@ from worldmodel.files import (
     read_json,
     read_tensors,
     save_tensors,
+    writable,
     write_atomic,
     write_json,
+    write_text,
 )
 from worldmodel.flow.flow import Flow, FlowConfig
 from worldmodel.heads import Heads, HeadsConfig
@@ -328,14 +330,18 @@ def write_world(
     starts: Mapping[str, np.ndarray],
     card: str,
 ) -> None:
-    """Write a world directory; each file is replaced atomically, ``world.json`` last. Weights are stored as float16."""
-    path.mkdir(parents=True, exist_ok=True)
+    """Write a world directory; each file is replaced atomically, ``world.json`` last. Weights are stored as float16.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    writable(path)
     for part, values in tensors.items():
         stored = {k: v.detach().cpu().contiguous() for k, v in values.items()}
         save_tensors(path / f"{part}.safetensors", stored, {})
     if spec.bank:
         write_atomic(path / "starts.npz", lambda file: _write_starts(file, starts))
-    write_atomic(path / "README.md", lambda file: file.write_text(card))
+    write_text(path / "README.md", card)
     write_json(path / "world.json", config_to_dict(spec))
 
 

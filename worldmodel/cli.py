@@ -98,6 +98,10 @@ for part in (cli_training, cli_evaluate, cli_imagine, cli_serving, cli_watch, cl
     part.register(app)
 
 
+GO_ON = (["collect"], ["train"], ["finetune"], ["evaluate"])
+"""Commands that keep what they have done."""
+
+
 def main() -> NoReturn:
     """Entry point: every error of ours is one line; Ctrl-C is quiet."""
     from worldmodel.errors import WorldModelError
@@ -109,9 +113,10 @@ def main() -> NoReturn:
             raise KeyboardInterrupt
     except WorldModelError as error:
         print(f"worldmodel: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(getattr(error, "exit_status", 1))
     except (KeyboardInterrupt, typer.Abort):
-        print("worldmodel: stopped; run the same command to continue", file=sys.stderr)
+        goes_on = "; run the same command to continue" if sys.argv[1:2] in GO_ON else ""
+        print(f"worldmodel: stopped{goes_on}", file=sys.stderr)
         sys.exit(130)
     except typer.Exit as leave:
         sys.exit(leave.exit_code)

@@ -89,18 +89,20 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of the summary.")] = False,
 ) -> None:
     """Measure a world on held-out real episodes: nats, bits/dim, PSNR, SSIM, angle error, reward; JSON and plots."""
+    from worldmodel.files import writable
     from worldmodel.training.episodes import EpisodeDataset
     from worldmodel.training.evaluate import evaluate as run
     from worldmodel.training.evaluate import held_out_dataset, summary
     from worldmodel.training.measure import EvaluateConfig
     from worldmodel.world import WorldModel
 
+    config = EvaluateConfig(horizon=horizon, clips=clips, long_horizon=long_horizon)
     model = WorldModel.load(world)
-    dataset = EpisodeDataset.open(data) if data else held_out_dataset(model, clips)
     folder = out or Path("evaluation") / model.spec.name
-    numbers = run(
-        model, dataset, folder, EvaluateConfig(horizon=horizon, clips=clips, long_horizon=long_horizon)
-    )
+    if data is None:
+        writable(folder)  # before episodes are collected
+    dataset = EpisodeDataset.open(data) if data else held_out_dataset(model, clips)
+    numbers = run(model, dataset, folder, config)
     print(json.dumps(numbers, indent=2) if as_json else summary(numbers))
     print(f"written to {folder}", file=sys.stderr)
 
@@ -118,7 +120,12 @@ def monitor(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to; default monitor/SOURCE.")] = None,
-    alpha: Annotated[float, typer.Option(help="Share of normal episodes that may raise an alarm.")] = 0.05,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of normal episodes that may raise an alarm; default 0.05, or a saved monitor's own."
+        ),
+    ] = None,
     videos: Annotated[int, typer.Option(help="Overlay videos, of the strangest episodes.")] = 4,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the JSON instead of a line an episode.")

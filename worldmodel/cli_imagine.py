@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 
 def rollout(
     world: World = "pendulum",
-    chunks: Annotated[int, typer.Option(help="Chunks to imagine.")] = 50,
+    chunks: Annotated[int, typer.Option(min=1, help="Chunks to imagine.")] = 50,
     out: Annotated[Path, typer.Option(help="The video: .mp4, .webm or .gif.")] = Path("rollout.mp4"),
-    seed: Annotated[int, typer.Option(help="Start and noise.")] = 0,
-    hold: Annotated[int, typer.Option(help="Chunks that each random action is held for.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Start and noise.")] = 0,
+    hold: Annotated[int, typer.Option(min=1, help="Chunks that each random action is held for.")] = 4,
     guidance: Annotated[float | None, typer.Option(help="Guidance weight; default: the world's.")] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Scale of the noise; default: the world's.")
@@ -32,24 +33,27 @@ def rollout(
         typer.Option(help='When the window is full: "reencode" or "rolling"; default: the world\'s.'),
     ] = None,
     scale: Annotated[
-        int | None, typer.Option(help="Enlarge the picture so many times; default: 4 where it is small.")
+        int | None,
+        typer.Option(min=1, help="Enlarge the picture so many times; default: 4 where it is small."),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="What to imagine, in a world that takes prompts.")
     ] = None,
 ) -> None:
-    """Imagine a future under random actions or a prompt, write it as a video, and print its likelihood.
+    """Imagine a future under random actions or a prompt, write it as a video, and print its likelihood. Ctrl-C writes what
+    is there.
 
     Several processes or GPUs: torchrun --nproc-per-node N -m -- worldmodel rollout ... (guidance and heads are spread).
     """
     import numpy as np
     from tqdm import tqdm
 
-    from envs.recorder import write_video
+    from envs.recorder import CODECS, write_video
     from worldmodel.condition.spaces import prompt_key
     from worldmodel.errors import InputError
     from worldmodel.world import WorldModel
 
+    _check_out(out, CODECS)
     model = WorldModel.load(world)
     frames: list[np.ndarray] = []
     given: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "context": context}
@@ -60,24 +64,41 @@ def rollout(
     space = model.spec.action_space
     space.seed(seed)
     key = prompt_key(space)
-    nats, action = [], None
+    nats: list[float] = []
+    action, stopped = None, False
     with _processes(model, sampling.guidance != 0) as first:
         if model.prompts is not None:
             state = model.initial_state([seed], [prompt or ""])
         else:
             state, begun = model.reset([seed])
             frames = [np.asarray(c.frames[0]) for c in begun]
-        for t in tqdm(range(chunks), desc="imagine", unit="chunk", disable=not first):
-            if t % hold == 0 and key != "":
-                action = _batch_of_one({**space.sample(), key: prompt or ""} if key else space.sample())
-            state, chunk = model.step(state, action)
-            frames.append(np.asarray(chunk.frames[0]))
-            nats.append(float(chunk.log_prob[0]))
-    if first:
+        try:
+            for t in tqdm(range(chunks), desc="imagine", unit="chunk", disable=not first):
+                if t % hold == 0 and key != "":
+                    action = _batch_of_one({**space.sample(), key: prompt or ""} if key else space.sample())
+                state, chunk = model.step(state, action)
+                frames.append(np.asarray(chunk.frames[0]))
+                nats.append(float(chunk.log_prob[0]))
+        except KeyboardInterrupt:
+            stopped = True
+    if first and nats:
         video = np.concatenate(frames)
         scale = scale or (4 if model.spec.frame_size[0] <= 128 else 1)
         write_video(out, np.repeat(np.repeat(video, scale, axis=1), scale, axis=2), model.spec.fps)
         print(f"{out}: {len(video)} frames, mean {np.mean(nats):.1f} nats a chunk (of the noised latent)")
+    if stopped:
+        print(f"worldmodel: stopped; {len(nats)} of {chunks} chunks were ready", file=sys.stderr)
+        sys.exit(130)
+
+
+def _check_out(out: Path, suffixes: Collection[str]) -> None:
+    """Raises InputError for another suffix, and CheckpointError where ``out`` cannot lie."""
+    from worldmodel.errors import InputError
+    from worldmodel.files import writable
+
+    if out.suffix not in suffixes:
+        raise InputError(f"{out.name}: expected a name that ends in one of {', '.join(suffixes)}")
+    writable(out.parent)
 
 
 def _processes(model: WorldModel, guided: bool) -> AbstractContextManager[bool]:
@@ -96,7 +117,9 @@ def generate(
     video: Annotated[Path | None, typer.Option(help="A video to continue; its last frames count.")] = None,
     v2v: Annotated[Path | None, typer.Option(help="A video to make another of, as the prompt says.")] = None,
     seconds: Annotated[float | None, typer.Option(help="How long; default: what the window holds.")] = None,
-    chunks: Annotated[int | None, typer.Option(help="How long, in chunks, instead of --seconds.")] = None,
+    chunks: Annotated[
+        int | None, typer.Option(min=1, help="How long, in chunks, instead of --seconds.")
+    ] = None,
     aspect: Annotated[
         str | None, typer.Option(help="Aspect ratio, as 16:9; default: the world's own size.")
     ] = None,
@@ -104,7 +127,7 @@ def generate(
     temperature: Annotated[
         float | None, typer.Option(help="Scale of the noise; default: the world's.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Noise.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda; default: a GPU if there is one.")] = None,
     prompt_cache: Annotated[
         Path | None, typer.Option(help="A folder of encoded prompts: those in it need no text encoder.")
@@ -130,11 +153,12 @@ def generate(
     from worldmodel.world import WorldModel
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if where.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU here; leave it out, or give cpu")
     model = WorldModel.load(world, where, prompt_cache)
     still = not model.spec.fps
     out = out or Path("picture.png" if still else "video.mp4")
-    if out.suffix not in (kinds := PICTURES if still else tuple(CODECS)):
-        raise InputError(f"{out.name}: expected a name that ends in one of {', '.join(kinds)}")
+    _check_out(out, PICTURES if still else CODECS)
     if still and (image or video or v2v):
         raise InputError(f"{world} makes a picture of a prompt; leave --image, --video and --v2v out")
     given: dict[str, Any] = {"guidance": guidance, "temperature": temperature}
@@ -181,7 +205,7 @@ def _batch_of_one(action: Any) -> Any:
 def play(
     world: World = "pendulum",
     zoom: Annotated[float, typer.Option(help="Size of the window relative to the frame.")] = 6.0,
-    seed: Annotated[int | None, typer.Option(help="Start and noise.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Start and noise.")] = None,
 ) -> None:
     """Play in a world with the keyboard (arrow keys; close the window to stop)."""
     from gymnasium.utils.play import play as run

@@ -49,7 +49,7 @@ def collect(
     todo = load_recipe(recipe).collections(folder) if named else {folder: CollectConfig(env=recipe)}
     changes: dict[str, Any] = {"episodes": episodes, "chunks": chunks, "workers": workers}
     changes["hide"] = tuple(hide) if hide else None
-    changes["frame_size"] = (frame_size, frame_size) if frame_size else None
+    changes["frame_size"] = None if frame_size is None else (frame_size, frame_size)
     changes["policies"] = tuple(PolicyShare(*_share(p)) for p in policy) if policy else None
     for number, (place, config) in enumerate(todo.items()):
         changes["seed"] = None if seed is None else seed + number

@@ -7,7 +7,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import secrets
+import tempfile
+import time
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -55,6 +58,14 @@ def config_from_dict(cls: type[Config], mapping: Mapping[str, Any], where: str) 
 def config_to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as a JSON-ready dict (tuples become lists); `config_from_dict` is its inverse."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def different(old: Any, new: Any, where: str = "") -> list[str]:
+    """Where two JSON values differ, as "key.key"."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [where]
+    prefix = f"{where}." if where else ""
+    return [d for k in old | new for d in different(old.get(k), new.get(k), f"{prefix}{k}")]
 
 
 def require_at_least(minimum: int, config: Any, *names: str) -> None:
@@ -124,10 +135,12 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o777  # as the umask has it; those of safetensors are private
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
@@ -136,6 +149,35 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):  # where the folder is no folder, there is nothing to remove
             temporary.unlink(missing_ok=True)
+
+
+LEFTOVER = re.compile(r"\.(.+\.[0-9a-f]{8}\.tmp|tmp\w{6})")
+"""Names of temporary files, ours and those of safetensors."""
+
+
+def remove_leftovers(folder: Path, seconds: float = 3600.0) -> None:
+    """Remove what writes that were killed left anywhere in a folder: temporary files untouched for so long."""
+    for path in Path(folder).rglob(".*"):
+        if LEFTOVER.fullmatch(path.name):
+            with contextlib.suppress(OSError):  # another process was faster
+                if time.time() - path.stat().st_mtime > seconds:
+                    path.unlink()
+
+
+def writable(folder: Path) -> None:
+    """Make a folder, before hours of work whose result is to lie there.
+
+    Raises:
+        CheckpointError: it cannot be made, or no file can be written in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write into {folder} ({error.strerror}); choose another place"
+        ) from error
 
 
 def save_tensors(
@@ -279,12 +321,12 @@ def write_json(path: Path, data: Any) -> None:
     Raises:
         CheckpointError: as `write_atomic`.
     """
-    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
-    write_atomic(path, lambda temporary: _write_text(temporary, text))
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def write_text(path: Path, text: str) -> None:
+    """Text as UTF-8, atomically. Raises CheckpointError as `write_atomic`."""
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> Any:

@@ -37,8 +37,8 @@ from worldmodel.files import (
     read_pth,
     read_tensors,
     save_shards,
-    write_atomic,
     write_json,
+    write_text,
 )
 from worldmodel.flow.flow import Flow
 from worldmodel.flow.published import (
@@ -279,7 +279,7 @@ def show_licence() -> None:
     seen = cache_folder() / "licence-shown"
     if not seen.is_file():
         print(LICENCE, file=sys.stderr)
-        write_atomic(seen, lambda file: file.write_text(LICENCE + "\n"))
+        write_text(seen, LICENCE + "\n")
 
 
 def _codec(
@@ -343,7 +343,7 @@ def convert(weights: Path, model: PublishedModel, vae: Path, world: Path, name: 
         save_shards(draft / "flow.safetensors", _halves(flow, name))
         expected = modules["codec"].state_dict()
         save_shards(draft / "codec.safetensors", ((k, v.to(expected[k].dtype)) for k, v in coded.items()))
-        write_atomic(draft / "README.md", lambda file: file.write_text(f"# {name}\n\n{LICENCE}\n"))
+        write_text(draft / "README.md", f"# {name}\n\n{LICENCE}\n")
         write_json(draft / "world.json", config_to_dict(spec))
         if not (world / "world.json").is_file():  # another process may have been faster
             os.replace(draft, world)

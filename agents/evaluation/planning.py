@@ -22,6 +22,7 @@ from agents.proposals import propose_behaviour
 from agents.search import search_actions
 from envs import ChunkedEnv
 from worldmodel import WorldModel
+from worldmodel.training.policies import lander_state
 
 CANDIDATES = 20
 """Sequences of a start whose returns are compared; best of 5 is asked of each five."""
@@ -132,26 +133,6 @@ def with_the_heuristic() -> Act:
         return heuristic(lander, lander_state(lander))
 
     return act
-
-
-def lander_state(lander: Any) -> np.ndarray:
-    """(8,) LunarLander's observation, read off the simulator as its own `step` does."""
-    from gymnasium.envs.box2d import lunar_lander as module
-
-    width, height = module.VIEWPORT_W / module.SCALE, module.VIEWPORT_H / module.SCALE
-    body = lander.lander
-    return np.array(
-        [
-            (body.position.x - width / 2) / (width / 2),
-            (body.position.y - (lander.helipad_y + module.LEG_DOWN / module.SCALE)) / (height / 2),
-            body.linearVelocity.x * (width / 2) / module.FPS,
-            body.linearVelocity.y * (height / 2) / module.FPS,
-            body.angle,
-            20.0 * body.angularVelocity / module.FPS,
-            1.0 if lander.legs[0].ground_contact else 0.0,
-            1.0 if lander.legs[1].ground_contact else 0.0,
-        ]
-    )
 
 
 def reference_agent(env: str, planner: Planner, seed: int) -> tuple[str, Act] | None:

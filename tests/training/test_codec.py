@@ -59,6 +59,7 @@ def write_dataset(folder: Path, episodes: int, chunks: int = 6) -> EpisodeDatase
         "episodes": episodes,
         "frame_skip": 4,
         "frame_size": [16, 16],
+        "fps": 20.0,
         "complete": True,
     }
     write_json(folder / "dataset.json", info | {"action_space": space_to_json(spaces.Box(-9, 9, (1,)))})

@@ -1,6 +1,7 @@
 """Collecting: whatever the workers and interruptions, the same episodes."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from worldmodel.errors import ConfigError
+from worldmodel.errors import ConfigError, DataError
 from worldmodel.training.collect import (
     CollectConfig,
     PolicyShare,
@@ -67,6 +68,14 @@ def test_episodes_do_not_depend_on_workers_or_gaps(tmp_path: Path) -> None:
         collect(replace(CARTPOLE, chunks=31), tmp_path / "two")
 
 
+def test_a_folder_without_episodes_is_free_for_another_collection(tmp_path: Path) -> None:
+    config = replace(CARTPOLE, episodes=1, workers=1)
+    collect(config, tmp_path)
+    episode_path(tmp_path, 0).unlink()
+    collect(replace(config, chunks=31), tmp_path)
+    assert EpisodeDataset.open(tmp_path).info["collect"]["chunks"] == 31
+
+
 def test_ctrl_c_leaves_whole_episodes(tmp_path: Path) -> None:
     script = f"""
 from pathlib import Path
@@ -94,6 +103,23 @@ if __name__ == "__main__":
     assert 1 < len(found) < 500
     assert not list((tmp_path / "d").rglob("*.tmp"))
     assert json.loads((tmp_path / "d" / "dataset.json").read_text())["complete"] is False
+
+
+def test_a_killed_worker_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deadly.py").write_text("""
+import os
+import gymnasium
+from gymnasium.envs.classic_control import CartPoleEnv
+
+class Deadly(CartPoleEnv):
+    def step(self, action):
+        os._exit(9)
+
+gymnasium.register("Deadly-v0", Deadly)
+""")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(DataError, match="a worker was killed"):
+        collect(replace(CARTPOLE, env="deadly:Deadly-v0"), tmp_path / "data")
 
 
 def pendulum_env() -> gymnasium.Env[Any, Any]:
@@ -175,6 +201,13 @@ def test_wrong_settings_are_refused(tmp_path: Path) -> None:
         replace(CARTPOLE, episodes=0)
     with pytest.raises(ConfigError, match="cannot make NoSuch-v0"):
         collect(replace(CARTPOLE, env="NoSuch-v0"), tmp_path)
+    for name in ("pendulum_swing", "lunar_lander"):
+        with pytest.raises(ConfigError, match=f"the policy '{name}' is for another environment"):
+            collect(replace(CARTPOLE, policies=(PolicyShare(name),)), tmp_path)
+    with pytest.raises(ConfigError, match="finite share above 0"):
+        replace(CARTPOLE, policies=(PolicyShare("random", math.nan),))
+    with pytest.raises(ConfigError, match="seed is -1"):
+        replace(CARTPOLE, seed=-1)
     with pytest.raises(ConfigError, match="cannot hide last_u"):
         collect(replace(CARTPOLE, hide=("last_u",)), tmp_path)
     assert set(POLICIES) >= {"random", "random_held"}

@@ -48,6 +48,7 @@ def folder(tmp_path: Path) -> Path:
         "episodes": 20,
         "frame_skip": SKIP,
         "frame_size": list(SIZE),
+        "fps": 20.0,
         "complete": True,
     }
     write_json(tmp_path / "dataset.json", info | {"action_space": space_to_json(action_space)})
@@ -132,6 +133,9 @@ def test_what_is_not_there_or_not_whole_is_one_line(folder: Path) -> None:
         EpisodeDataset.open(folder)
     with pytest.raises(DataError, match="is not a dataset"):
         EpisodeDataset.open(folder / "episodes")
+    write_json(folder / "dataset.json", {"format_version": 1, "complete": True, "episodes": 20})
+    with pytest.raises(DataError, match="lacks frame_skip, frame_size, fps, action_space; collect again"):
+        EpisodeDataset.open(folder)
 
 
 def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:

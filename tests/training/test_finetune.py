@@ -23,16 +23,18 @@ from worldmodel.checkpoint import read_world
 from worldmodel.condition.actions import ActionEncoder
 from worldmodel.condition.spaces import space_to_json
 from worldmodel.errors import ConfigError, DataError
-from worldmodel.files import load_tensors, write_json
+from worldmodel.files import load_tensors, read_json, write_json
 from worldmodel.flow.flow import Flow
 from worldmodel.sampling import Sampling
 from worldmodel.training.codec import encode_dataset, load_latents
 from worldmodel.training.episodes import Episode, EpisodeDataset, episode_path, save_episode
+from worldmodel.training.evaluate import held_out_dataset
 from worldmodel.training.finetune import Finetune, add_adapters, finetune, merge_adapters, with_actions
 from worldmodel.training.flow import FlowStage, Latents
 from worldmodel.training.heads import HeadsTraining
 from worldmodel.training.loop import Interrupted, LoopConfig
 from worldmodel.training.parallel import Ranks
+from worldmodel.training.provenance import first_held_out
 from worldmodel.world import WorldModel
 
 ROOT = Path(__file__).parents[2]
@@ -190,6 +192,7 @@ def test_a_killed_run_goes_on_to_the_same_world(
     spec = read_world(tmp_path / "killed").spec
     assert spec.action_space == BOX and spec.provenance["base"] == "toy"
     assert set(spec.quality["bits_per_dim"]) == {"before", "after"}
+    assert spec.provenance["trained_on"][-1]["episodes"] == 4
     with pytest.raises(ConfigError, match="a run of another settings"):
         finetune(toy, str(data), tmp_path / "again", tmp_path / "x", replace(config, batch=2))
 
@@ -225,7 +228,7 @@ def test_captions_alone_leave_the_action_space_as_it_is(tmp_path: Path) -> None:
         toy, str(data), tmp_path / "run", tmp_path / "out", replace(CONFIG, lora=0), prompts=Spelled()
     )
     assert world is not None and world.actions is None and isinstance(world.spec.action_space, spaces.Text)
-    with pytest.raises(DataError, match="has no actions, but toy takes some"):
+    with pytest.raises(DataError, match="has no actions, but the world takes some"):
         finetune(write_toy(tmp_path / "box"), str(data), tmp_path / "other", tmp_path / "x", CONFIG)
 
 
@@ -233,6 +236,36 @@ def test_episodes_of_another_size_are_refused(tmp_path: Path) -> None:
     data = write_episodes(tmp_path / "data", size=(16, 32))
     with pytest.raises(DataError, match=r"\(16, 32\), the world 4 of \(32, 32\)"):
         finetune(write_toy(tmp_path / "toy"), str(data), tmp_path / "run", tmp_path / "out", CONFIG)
+
+
+def test_a_source_that_is_none_leaves_the_run_to_the_right_one(tmp_path: Path) -> None:
+    toy, data = write_toy(tmp_path / "toy"), write_episodes(tmp_path / "data")
+    with pytest.raises(DataError, match="no such folder"):
+        finetune(toy, str(tmp_path / "dta"), tmp_path / "run", tmp_path / "out", CONFIG)
+    assert finetune(toy, str(data), tmp_path / "run", tmp_path / "out", CONFIG) is not None
+
+
+def test_a_published_world_is_obtained_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy, data = write_toy(tmp_path / "toy"), write_episodes(tmp_path / "data")
+    monkeypatch.setattr("worldmodel.training.finetune.obtain", {"apple/starflow-v": toy}.__getitem__)
+    world = finetune("apple/starflow-v", str(data), tmp_path / "run", tmp_path / "out", CONFIG)
+    assert world is not None and world.spec.provenance["base"] == "toy"
+
+
+def test_a_world_of_foreign_data_names_no_environment(tmp_path: Path) -> None:
+    """Its own episodes are known again, and those that its base was trained on are kept in mind."""
+    toy, data = write_toy(tmp_path / "toy"), write_episodes(tmp_path / "data")
+    info = read_json(data / "dataset.json")
+    write_json(data / "dataset.json", info | {"collect": {"env": "videos", "camera": "top"}})
+    base = finetune(toy, str(data), tmp_path / "run", tmp_path / "base", CONFIG)
+    assert base is not None and base.spec.environment == {} and base.spec.provenance["camera"] == "top"
+    with pytest.raises(DataError, match="names no environment to collect from; give --data"):
+        held_out_dataset(base, 2)
+    more = write_episodes(tmp_path / "more")
+    world = finetune(tmp_path / "base", str(more), tmp_path / "run2", tmp_path / "out", CONFIG)
+    assert world is not None
+    for folder in (data, more):
+        assert first_held_out(world.spec, EpisodeDataset.open(folder)) == 4 - 1
 
 
 class FirstPicture:

@@ -168,7 +168,16 @@ def test_other_settings_or_models_or_files_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"lr": 0.0}, {"ema": 1.0}, {"minutes": 0.0}, {"optimizer": "sgd"}]
+    "change",
+    [
+        {"steps": 0},
+        {"lr": 0.0},
+        {"ema": 1.0},
+        {"minutes": 0.0},
+        {"optimizer": "sgd"},
+        {"lr": math.nan},
+        {"seed": -1},
+    ],
 )
 def test_wrong_settings_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError):

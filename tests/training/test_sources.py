@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from worldmodel.errors import DataError
+from worldmodel.errors import ConfigError, DataError
+from worldmodel.files import write_json
 from worldmodel.training.datasets import converted
 from worldmodel.training.episodes import EpisodeDataset
 from worldmodel.training.sources import open_source, read_actions, read_video
@@ -111,6 +112,18 @@ def test_an_interrupted_conversion_continues(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(module, "save_episode", save)
     assert converted(str(tmp_path / "in"), tmp_path / "out", SIZE, 4, None).episodes == 3
     assert [path.stat().st_mtime_ns for path in made] == stamps
+
+
+def test_a_folder_is_free_for_another_conversion_until_it_holds_episodes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_video(tmp_path / name / "a.mp4", film(9))
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="has no actions, but the world takes some"):
+        converted(str(tmp_path / "one"), out, SIZE, 4, spaces.Discrete(3))
+    write_json(out / "dataset.json", {"format_version": 1, "complete": False})
+    converted(str(tmp_path / "two"), out, SIZE, 4, None)
+    with pytest.raises(ConfigError, match="holds another conversion"):
+        converted(str(tmp_path / "one"), out, SIZE, 4, None)
 
 
 def test_bad_videos_and_actions_are_one_line_errors(tmp_path: Path) -> None:

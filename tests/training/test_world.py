@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,10 +16,11 @@ import torch
 
 from worldmodel.checkpoint import read_world
 from worldmodel.codec.conv import ConvCodecConfig
-from worldmodel.errors import ConfigError, DataError
+from worldmodel.errors import CheckpointError, ConfigError, DataError
 from worldmodel.files import config_from_dict, config_to_dict, load_tensors
 from worldmodel.flow.flow import FlowConfig
 from worldmodel.packed import narrow
+from worldmodel.training import provenance
 from worldmodel.training.codec import CodecTraining, load_latents
 from worldmodel.training.collect import CollectConfig, PolicyShare, collect
 from worldmodel.training.episodes import EpisodeDataset
@@ -29,6 +31,7 @@ from worldmodel.training.heads import HeadsTraining
 from worldmodel.training.loop import LoopConfig
 from worldmodel.training.measure import EvaluateConfig, interval, psnr, r_squared, ssim
 from worldmodel.training.probes import pendulum_angle, pendulum_perturbed, pendulum_true_angle, wrap
+from worldmodel.training.provenance import trained_on
 from worldmodel.training.recipes import RECIPES, Recipe, Round, load_recipe
 from worldmodel.world import WorldModel
 
@@ -152,6 +155,7 @@ def test_a_recipe_that_is_none_is_named(made: tuple[Recipe, Path], tmp_path: Pat
     file = tmp_path / "world" / "world.json"
     content = json.loads(file.read_text())
     content["provenance"]["recipe"] = recipe
+    del content["provenance"]["trained_on"]
     file.write_text(json.dumps(content))
     with pytest.raises(DataError, match="provenance.recipe"):
         held_out_clips(EpisodeDataset.open(made[1] / "data"), WorldModel.load(tmp_path / "world"), 6, 1)
@@ -197,6 +201,42 @@ def test_finished_stages_are_not_trained_again(made: tuple[Recipe, Path]) -> Non
         assert again == first
 
 
+def test_a_run_of_another_recipe_or_other_data_is_refused(made: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, root = made
+    wider = replace(recipe, codec=replace(recipe.codec, noise=0.5), heads=replace(recipe.heads, width=8))
+    told = "codec: settings.noise; heads: settings.width differ.; restore that, or use another --run"
+    with pytest.raises(ConfigError, match=told):
+        train_world(wider, root / "data", root / "run", tmp_path / "world")
+    shutil.copytree(root / "data", tmp_path / "data")
+    collect(replace(recipe.collect, episodes=21), tmp_path / "data")
+    with pytest.raises(ConfigError, match="codec: data; codec/latents.safetensors: data; flow: data;"):
+        train_world(recipe, tmp_path / "data", root / "run", tmp_path / "world")
+    faster = replace(recipe, starts=4, flow=replace(recipe.flow, threads=2))
+    assert train_world(faster, root / "data", root / "run", tmp_path / "world") is not None
+
+
+def test_places_that_cannot_be_written_are_told_before_any_training(
+    made: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, root = made
+    (tmp_path / "file").touch()
+    for run, out in (("run", "file/world"), ("file/run", "world")):
+        with pytest.raises(CheckpointError, match="cannot write"):
+            train_world(recipe, root / "data", tmp_path / run, tmp_path / out)
+    assert not list(tmp_path.rglob("codec"))
+
+
+def test_windows_longer_than_every_episode_are_refused_before_the_codec_trains(
+    made: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, root = made
+    model = replace(FLOW, window=10)
+    long = replace(recipe, flow=replace(recipe.flow, model=model, length=9), further=())
+    with pytest.raises(DataError, match="no episode to train on has the 9 chunks of flow.length"):
+        train_world(long, root / "data", tmp_path / "run", tmp_path / "world")
+    assert not (tmp_path / "run").exists()
+
+
 def test_evaluation_is_complete_and_on_held_out_episodes(made: tuple[Recipe, Path]) -> None:
     _, root = made
     config = EvaluateConfig(context=2, horizon=4, long_horizon=10, bootstrap=50)
@@ -219,6 +259,62 @@ def test_episodes_that_were_trained_on_are_never_evaluated(made: tuple[Recipe, P
     collect(longer, tmp_path / "longer")  # the same seed: its first 20 episodes are those of the training
     clips = held_out_clips(EpisodeDataset.open(tmp_path / "longer"), world, 6, 99)
     assert len(clips.frames) == 4  # the last tenth of the 20, and the two new ones
+
+
+def test_what_was_trained_on_is_told_by_the_datasets_and_not_by_the_recipe(
+    made: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    """As after ``collect --seed``: the recipe's seeds are not those of the episodes."""
+    recipe, root = made
+    for number, (folder, config) in enumerate(recipe.collections(tmp_path / "data").items()):
+        collect(replace(config, seed=7 + number), folder)
+    world = train_world(recipe, tmp_path / "data", tmp_path / "run", tmp_path / "world")
+    assert world is not None
+    told = world.spec.provenance["trained_on"]
+    assert [(d["env"], d["seed"], d["episodes"]) for d in told] == [
+        ("Pendulum-v1", 7, 20),
+        ("Pendulum-v1", 8, 10),
+    ]
+    first = EpisodeDataset.open(tmp_path / "data")
+    assert len(held_out_clips(first, world, 6, 99).frames) == 2
+    assert len(held_out_clips(EpisodeDataset.open(root / "data"), world, 6, 99).frames) == 20
+    collect(replace(recipe.collect, seed=7, episodes=3), tmp_path / "few")
+    with pytest.raises(DataError, match="was trained on these 3 episodes, so none is held out"):
+        held_out_clips(EpisodeDataset.open(tmp_path / "few"), world, 6, 99)
+
+
+def test_worlds_that_do_not_tell_what_they_were_trained_on_are_known_by_their_recipe() -> None:
+    spec = read_world("pendulum").spec
+    assert "trained_on" not in spec.provenance
+    assert {(d["env"], d["seed"], d["episodes"]) for d in trained_on(spec)} == {
+        ("Pendulum-v1", 0, 900),
+        ("Pendulum-v1", 1, 900),
+    }
+
+
+def test_a_repository_around_the_package_is_not_taken_for_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "theirs")
+    (tmp_path / "worldmodel").mkdir()
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path.resolve() / "worldmodel")
+    assert provenance.git_revision() == "unknown"
+    (tmp_path / "setup.cfg").write_text("[metadata]\nname = worldmodel\n")
+    assert provenance.git_revision() != "unknown"
+
+
+def test_evaluation_refuses_actions_of_another_space(made: tuple[Recipe, Path], tmp_path: Path) -> None:
+    shutil.copytree(made[1] / "data", tmp_path / "data")
+    file = tmp_path / "data" / "dataset.json"
+    info = json.loads(file.read_text())
+    file.write_text(json.dumps(info | {"action_space": {"kind": "Discrete", "n": 2, "start": 0}}))
+    with pytest.raises(DataError, match=r"actions are Discrete\(2\), the world takes Box"):
+        evaluate(WorldModel.load(made[1] / "world"), EpisodeDataset.open(tmp_path / "data"), tmp_path / "out")
 
 
 def test_evaluation_refuses_a_dataset_of_another_size(made: tuple[Recipe, Path], tmp_path: Path) -> None:

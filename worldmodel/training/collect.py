@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import zipfile
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from tqdm import tqdm
 
 from worldmodel.condition.spaces import space_to_json
 from worldmodel.errors import ConfigError, DataError
-from worldmodel.files import config_to_dict, read_json, write_json
+from worldmodel.files import config_to_dict, read_json, remove_leftovers, write_json
 from worldmodel.training.episodes import FORMAT_VERSION, Episode, episode_path, save_episode
 from worldmodel.training.policies import POLICIES, WIDE_STARTS, make_policy
 
@@ -63,8 +65,10 @@ class CollectConfig:
         """Raises ConfigError for values that cannot be used."""
         if min(self.episodes, self.chunks, self.frame_skip, self.workers, *self.frame_size) < 1:
             raise ConfigError("episodes, chunks, frame_skip, frame_size and workers must be at least 1")
-        if not self.policies or any(policy.share <= 0 for policy in self.policies):
-            raise ConfigError("policies must name at least one policy, each with a share above 0")
+        if not self.policies or not all(0 < policy.share < math.inf for policy in self.policies):
+            raise ConfigError("policies must name at least one policy, each with a finite share above 0")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}, expected at least 0")
         for policy in self.policies:
             if policy.name not in POLICIES:
                 raise ConfigError(f"no policy {policy.name!r}; choose from {', '.join(POLICIES)}")
@@ -109,10 +113,12 @@ def collect(config: CollectConfig, folder: Path) -> None:
     Episode i is a function of (config, i) alone: neither the workers nor an interruption change it.
 
     Raises:
-        ConfigError: the environment cannot be made or rendered, or the folder holds another collection.
+        ConfigError: the environment cannot be made or rendered, a policy is for another one, or the folder holds another
+            collection. DataError: a worker was killed.
         KeyboardInterrupt: after Ctrl-C, with every file on disk whole.
     """
     folder = Path(folder)
+    remove_leftovers(folder / "episodes")
     info = _describe(config)
     _check_same_collection(folder, info)
     todo = [i for i in range(config.episodes) if not _is_whole(episode_path(folder, i))]
@@ -126,15 +132,19 @@ def collect(config: CollectConfig, folder: Path) -> None:
     )
     context = multiprocessing.get_context("spawn")
     with bar, ProcessPoolExecutor(config.workers, context, initializer=_quiet_worker) as pool:
-        futures = [pool.submit(_collect_group, config, folder, group) for group in groups]
-        for future in futures:
-            future.add_done_callback(
-                lambda f: bar.update(0 if f.cancelled() or f.exception() else f.result())
-            )
         try:
+            futures = [pool.submit(_collect_group, config, folder, group) for group in groups]
+            for future in futures:
+                future.add_done_callback(
+                    lambda f: bar.update(0 if f.cancelled() or f.exception() else f.result())
+                )
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker was killed, perhaps for want of memory; run the same command to continue, with fewer --workers"
+            ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -262,6 +272,8 @@ def _describe(config: CollectConfig) -> dict[str, Any]:
     try:
         env.reset(seed=0)
         take_picture(env, config)
+        for policy in config.policies:
+            _check_policy(policy.name, env)
         return {
             "format_version": FORMAT_VERSION,
             "episodes": config.episodes,
@@ -283,15 +295,26 @@ def _describe(config: CollectConfig) -> dict[str, Any]:
         env.close()
 
 
+def _check_policy(name: str, env: gymnasium.Env[Any, Any]) -> None:
+    try:
+        fits = env.action_space.contains(make_policy(name, env.action_space, np.random.default_rng(0))(env))
+    except (AttributeError, ImportError, LookupError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ConfigError(f"the policy {name!r} is for another environment; random and random_held suit any")
+
+
 def _check_same_collection(folder: Path, info: dict[str, Any]) -> None:
-    """A folder may grow by more episodes of the same collection, and of no other."""
-    if not (folder / "dataset.json").exists():
+    """A folder with episodes may grow by more of the same collection, and of no other."""
+    if not (folder / "dataset.json").exists() or not any(folder.glob("episodes/*.npz")):
         return
     old = read_json(folder / "dataset.json")
     if not isinstance(old, dict) or old.get("format_version") != FORMAT_VERSION:
         raise DataError(
             f"{folder}/dataset.json is not of format version {FORMAT_VERSION}; choose another folder"
         )
+    if not isinstance(old.get("collect"), dict):
+        raise DataError(f"{folder}/dataset.json lacks collect; choose another folder")
     before, now = ({**data["collect"], "episodes": 0} for data in (old, info))
     changed = [key for key in now if json.dumps(before.get(key)) != json.dumps(now[key])]
     if changed:

@@ -13,9 +13,9 @@ import numpy as np
 from gymnasium import spaces
 from tqdm import tqdm
 
-from worldmodel.condition.spaces import space_to_json
+from worldmodel.condition.spaces import packed_size, space_to_json
 from worldmodel.errors import ConfigError, DataError
-from worldmodel.files import read_json, write_json
+from worldmodel.files import different, read_json, write_json
 from worldmodel.training.episodes import (
     FORMAT_VERSION,
     Episode,
@@ -38,11 +38,12 @@ def converted(
 
     Our own episodes of that size are used where they are; anything else is converted into ``folder``, once; an
     interrupted conversion continues. Pictures are cut to the aspect ratio about their centre, then resized.
-    ``space``: the world's actions. Where the dataset's are the same, a chunk takes the mean (Box) or the first of its
-    frames' actions; where not, all of them, stacked: a Box of (F, ...), a MultiDiscrete of F.
+    ``space``: the world's actions, None where it takes none. Where the dataset's are the same, a chunk takes the mean
+    (Box) or the first of its frames' actions; where not, all of them, stacked: a Box of (F, ...), a MultiDiscrete of F.
 
     Raises:
-        DataError: the dataset is missing or corrupt, or its chunks are of another length.
+        DataError: the dataset is missing or corrupt, has no actions where the world takes some, or its chunks are of
+            another length.
     """
     if (Path(name) / "dataset.json").is_file():
         own = EpisodeDataset.open(name)
@@ -51,8 +52,10 @@ def converted(
                 f"{name} has chunks of {own.frame_skip} frames of {own.frame_size}, the world {frame_skip} of "
                 f"{frame_size}; collect with --frame-size, or choose another world"
             )
+        _check_actions(name, own.action_space, space)
         return own
     source = open_source(name, camera)
+    _check_actions(name, source.space, space)
     held = frame_skip == 1 or source.space is None or source.space == space
     info = {
         "format_version": FORMAT_VERSION,
@@ -65,10 +68,8 @@ def converted(
         "provenance": {"numpy": np.__version__, "opencv": cv2.__version__},
     }
     file = folder / "dataset.json"
-    if file.exists() and {**read_json(file), "complete": 0} != {
-        **json.loads(json.dumps(info)),
-        "complete": 0,
-    }:
+    begun = file.exists() and any(folder.glob("episodes/*.npz"))
+    if begun and set(different(read_json(file), json.loads(json.dumps(info)))) - {"complete"}:
         raise ConfigError(f"{folder} holds another conversion; delete it, or use another run folder")
     todo = [i for i in range(len(source)) if not zipfile.is_zipfile(_exists(episode_path(folder, i)))]
     write_json(file, info | {"complete": not todo})
@@ -79,6 +80,11 @@ def converted(
         )
     write_json(file, info | {"complete": True})
     return EpisodeDataset.open(folder)
+
+
+def _check_actions(name: str, have: spaces.Space[Any] | None, wanted: spaces.Space[Any] | None) -> None:
+    if wanted is not None and (have is None or not packed_size(have)):
+        raise DataError(f"{name} has no actions, but the world takes some; give clips their action files")
 
 
 def _exists(path: Path) -> Any:

@@ -23,6 +23,8 @@ from worldmodel.errors import CheckpointError, DataError, InputError
 from worldmodel.files import read_json, write_atomic
 
 FORMAT_VERSION = 1
+KEYS = ("complete", "episodes", "frame_skip", "frame_size", "fps", "action_space")
+"""What ``dataset.json`` must tell."""
 SplitName = Literal["train", "validation", "test"]
 Actions = Any
 """An array with chunks first, or a dict of such arrays for a Dict space."""
@@ -158,6 +160,8 @@ class EpisodeDataset:
             raise DataError(f"{folder} is not a dataset ({error}); worldmodel collect makes one") from error
         if not isinstance(info, dict) or info.get("format_version") != FORMAT_VERSION:
             raise DataError(f"{folder}/dataset.json is not of format version {FORMAT_VERSION}; collect again")
+        if lacking := [key for key in KEYS if key not in info]:
+            raise DataError(f"{folder}/dataset.json lacks {', '.join(lacking)}; collect again")
         if not info["complete"]:
             raise DataError(f"{folder} is unfinished; run the same collect command again to complete it")
         absent = [i for i in range(info["episodes"]) if not episode_path(folder, i).exists()]
@@ -169,6 +173,11 @@ class EpisodeDataset:
     def episodes(self) -> int:
         """Number of episodes."""
         return self.info["episodes"]
+
+    @property
+    def collected(self) -> dict[str, Any]:
+        """With which settings they were collected; empty where that is not told."""
+        return dict(self.info.get("collect") or {})
 
     @property
     def frame_skip(self) -> int:
@@ -189,6 +198,10 @@ class EpisodeDataset:
     def episode(self, index: int) -> Episode:
         """Episode ``index``, read from disk. Raises DataError as `load_episode`."""
         return load_episode(episode_path(self.folder, index), self.frame_skip)
+
+    def has_window(self, length: int) -> bool:
+        """Whether an episode of the train split has ``length`` chunks. Raises DataError as `load_episode`."""
+        return any(len(self.episode(i).rewards) >= length for i in split_indices(self.episodes, "train"))
 
     def split(self, name: SplitName, in_memory: bool = True) -> EpisodeSplit:
         """A split to sample from; ``in_memory`` reads all its episodes now (uint8).

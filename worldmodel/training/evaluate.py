@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,12 +11,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from worldmodel.condition.spaces import packed_size
 from worldmodel.errors import DataError
-from worldmodel.files import config_from_dict, config_to_dict, write_json
+from worldmodel.files import config_from_dict, config_to_dict, writable, write_json
+from worldmodel.published import cache_folder
 from worldmodel.training.collect import CollectConfig, collect
-from worldmodel.training.episodes import EpisodeDataset, EpisodeSplit, Windows, split_indices
+from worldmodel.training.episodes import EpisodeDataset, EpisodeSplit, Windows
 from worldmodel.training.measure import Clips, EvaluateConfig, Report, endurance, likelihoods, pictures
 from worldmodel.training.plots import plot_report
+from worldmodel.training.provenance import first_held_out
+from worldmodel.training.provenance import git_revision as git_revision
 from worldmodel.world import WorldModel
 
 HELD_OUT_SEED = 1_000_003
@@ -34,12 +36,14 @@ def held_out_clips(
     a longer collection of the same seed, and all episodes of a collection of another seed or environment.
 
     Raises:
-        DataError: no held-out episode is that long.
+        DataError: no episode is held out, or none of these is that long.
     """
-    made = dataset.info["collect"]
-    trained = [c for c in _collections(world) if all(made.get(key) == c.get(key) for key in ("env", "seed"))]
-    first = max((split_indices(int(c["episodes"]), "test").start for c in trained), default=0)
-    indices = range(first, dataset.episodes)
+    indices = range(first_held_out(world.spec, dataset), dataset.episodes)
+    if not indices:
+        raise DataError(
+            f"{dataset.folder}: {world.spec.name} was trained on these {dataset.episodes} episodes, so none is held out; "
+            "collect more, or with another --seed"
+        )
     split = EpisodeSplit(indices, dataset.frame_skip, lru_cache(maxsize=4)(dataset.episode))
     rng = np.random.default_rng(0)
     windows: list[Windows] = []
@@ -57,45 +61,14 @@ def held_out_clips(
     )
 
 
-def _collections(world: WorldModel) -> list[dict[str, Any]]:
-    """All that the episodes were collected with which the world was trained on: its newest, and its recipe's others.
-
-    Raises:
-        DataError: a recipe in ``world.json`` from which that cannot be told.
-    """
-    recipe = world.spec.provenance.get("recipe", {})
-    further = recipe.get("further", ()) if isinstance(recipe, dict) else ()
-    rounds = [recipe, *further] if isinstance(further, (list, tuple)) else [further]
-    if not all(isinstance(each, dict) and isinstance(each.get("collect") or {}, dict) for each in rounds):
-        raise DataError(
-            f"world {world.spec.name}: provenance.recipe of its world.json is no recipe, so what it was trained on is "
-            "unknown; put back what `worldmodel train` wrote, or remove it"
-        )
-    made = [world.spec.environment, *(each.get("collect") for each in rounds)]
-    return [collect for collect in made if collect]
-
-
-def git_revision() -> str:
-    """The revision of the working tree, with "+changes" if it is not clean, or "unknown" outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        run = lambda *a: subprocess.run(  # noqa: E731
-            ["git", *a], cwd=here, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        return str(run("rev-parse", "--short", "HEAD")) + (
-            "+changes" if run("status", "--porcelain", "-uno") else ""
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
 def evaluate(
     world: WorldModel, dataset: EpisodeDataset, out: str | Path, config: EvaluateConfig | None = None
 ) -> dict[str, Any]:
     """Measure a world; writes ``evaluation.json``, ``evaluation.png`` and ``pictures.png`` into ``out``.
 
     Raises:
-        DataError: the dataset has another frame size or chunk, or no held-out episode is long enough.
+        DataError: the dataset has another frame size, chunk or action space, or no held-out episode is long enough.
+        CheckpointError: ``out`` cannot be written.
     """
     config = config or EvaluateConfig()
     if dataset.frame_size != world.spec.frame_size or dataset.frame_skip != world.chunk_frames:
@@ -103,7 +76,13 @@ def evaluate(
             f"{dataset.folder}: frames {dataset.frame_size} in chunks of {dataset.frame_skip}, the world has "
             f"{world.spec.frame_size} in chunks of {world.chunk_frames}"
         )
-    report = Report()
+    space = world.spec.action_space
+    if dataset.action_space != space and packed_size(dataset.action_space) + packed_size(space):
+        raise DataError(
+            f"{dataset.folder}: actions are {dataset.action_space}, the world takes {space}; give data with such actions"
+        )
+    folder, report = Path(out), Report()
+    writable(folder)
     length = config.context + config.horizon
     clips = held_out_clips(dataset, world, length, config.clips)
     beginnings = held_out_clips(dataset, world, length, config.clips, from_start=True)
@@ -119,8 +98,6 @@ def evaluate(
     report.numbers["pictures"] = pictures(world, clips, config, report)
     report.numbers["pictures_from_episode_start"] = pictures(world, beginnings, config, report)
     endurance(world, clips, config, report)
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", _finite(report.numbers))
     plot_report(report, folder)
     return report.numbers
@@ -138,8 +115,7 @@ def held_out_dataset(world: WorldModel, episodes: int) -> EpisodeDataset:
         raise DataError(f"world {world.spec.name} names no environment to collect from; give --data")
     config = config_from_dict(CollectConfig, world.spec.environment, "world.json: environment")
     config = replace(config, episodes=episodes, seed=HELD_OUT_SEED, workers=2)
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = home / "worldmodel" / "held_out" / f"{world.spec.name}-{episodes}-{world.fingerprint[:8]}"
+    folder = cache_folder() / "held_out" / f"{world.spec.name}-{episodes}-{world.fingerprint[:8]}"
     collect(config, folder)
     return EpisodeDataset.open(folder)
 

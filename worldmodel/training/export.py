@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,17 +14,18 @@ from torch import nn
 from worldmodel.checkpoint import WorldSpec, half_precision, narrowed, write_world
 from worldmodel.condition.actions import ActionEncoderConfig
 from worldmodel.condition.spaces import packed_size, space_to_json
-from worldmodel.errors import ConfigError
-from worldmodel.files import config_to_dict, read_json
+from worldmodel.errors import ConfigError, DataError
+from worldmodel.files import config_to_dict, different, read_json, remove_leftovers, writable, write_json
 from worldmodel.flow.flow import Flow
 from worldmodel.heads import Heads
 from worldmodel.training.codec import encode_dataset, load_latents, load_trained_codec, train_codec
 from worldmodel.training.episodes import EpisodeDataset, split_indices
-from worldmodel.training.evaluate import git_revision
 from worldmodel.training.flow import Latents, train_flow
 from worldmodel.training.heads import train_heads
+from worldmodel.training.loop import CADENCE
 from worldmodel.training.parallel import ALONE, Ranks
 from worldmodel.training.pictures import Pictures
+from worldmodel.training.provenance import environment_of, episodes_of, git_revision
 from worldmodel.training.recipes import Recipe, Round, round_folder
 from worldmodel.world import WorldModel
 
@@ -57,12 +60,18 @@ def train_world(
     Returns the world, or None where ``until`` ends before the heads, and on every rank but the first.
 
     Raises:
-        ConfigError: ``until`` is no stage. DataError: the dataset does not fit the recipe. Interrupted: by a signal.
+        ConfigError: ``until`` is no stage, or ``run`` was made from another recipe or other data.
+        CheckpointError: ``run`` or ``out`` cannot be written.
+        DataError: the dataset does not fit the recipe. Interrupted: by a signal.
     """
     if until not in STAGES:
         raise ConfigError(f"no stage {until!r}; choose from {', '.join(STAGES)}")
     plan = _plan(recipe, data, run)
     if ranks.first:
+        remove_leftovers(run)
+        _check_run(recipe, plan, run)
+        if until == "heads":
+            writable(out)
         _train_codecs(plan)
         for path, dataset in [item for p in plan for item in p.encoded.items()] if until != "codec" else ():
             if not path.is_file():
@@ -85,7 +94,7 @@ def train_world(
     if recipe.heads.eye is not None:
         pictures = Pictures.of(planned.datasets, load_trained_codec(planned.codec), latents)
     heads, _ = train_heads(recipe.heads, latents, run / "heads", pictures=pictures)
-    export_world(recipe, planned.datasets[-1], len(train), planned.codec, out, parts, heads, steps)
+    export_world(recipe, planned.datasets, len(train), planned.codec, out, parts, heads, steps)
     return WorldModel.load(out)
 
 
@@ -98,7 +107,58 @@ def _plan(recipe: Recipe, data: Path, run: Path) -> list[_Planned]:
         if each.collect is not None:
             datasets.append(EpisodeDataset.open(round_folder(data, number)))
         plan.append(_Planned(each, folder, codec, tuple(datasets)))
+        if not any(d.has_window(each.flow.length) for d in datasets):
+            raise DataError(
+                f"{data}: no episode to train on has the {each.flow.length} chunks of flow.length; lower it in the "
+                "recipe, or collect longer episodes"
+            )
     return plan
+
+
+def _check_run(recipe: Recipe, plan: list[_Planned], run: Path) -> None:
+    """Refuse a run of which anything began with other settings or data, and note in ``run``/train.json what this one is.
+
+    Raises:
+        ConfigError: such a run.
+    """
+    note, now = run / "train.json", _made_from(recipe, plan, run)
+    old = read_json(note) if note.is_file() else {}
+    changed = [
+        f"{name}: {', '.join(different(old[name], made))}"
+        for name, made in now.items()
+        if name in old and old[name] != made and (run / name).exists()
+    ]
+    if changed:
+        raise ConfigError(
+            f"{run} was made otherwise ({'; '.join(changed)} differ); restore that, or use another --run folder"
+        )
+    write_json(note, old | now)
+
+
+def _made_from(recipe: Recipe, plan: list[_Planned], run: Path) -> dict[str, Any]:
+    """By the name in ``run`` of each stage, and of each file of latents, what it is made from."""
+    made: dict[str, Any] = {}
+    for planned in plan:
+        data = [{"collect": d.collected, "episodes": d.episodes} for d in planned.datasets]
+        codec = str(planned.codec.relative_to(run))
+        if planned.round.codec is not None:
+            made[codec] = {"settings": _lasting(config_to_dict(planned.round.codec)), "data": data[-1:]}
+        for path, each in zip(planned.encoded, data, strict=True):
+            made[str(path.relative_to(run))] = {"data": [each]}
+        flow = {"settings": _lasting(config_to_dict(planned.round.flow)), "data": data, "codec": codec}
+        made[str((planned.folder / "flow").relative_to(run))] = flow
+    return made | {
+        "heads": {"settings": _lasting(config_to_dict(recipe.heads)), "data": data, "codec": codec}
+    }
+
+
+def _lasting(settings: Any) -> Any:
+    """Settings without those that change how fast a training runs and not what comes of it."""
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        k: _lasting(v) for k, v in settings.items() if k not in (*CADENCE, "threads", "compiled", "recompute")
+    }
 
 
 def _train_codecs(plan: list[_Planned]) -> None:
@@ -113,15 +173,19 @@ def _train_codecs(plan: list[_Planned]) -> None:
 
 def export_world(
     recipe: Recipe,
-    dataset: EpisodeDataset,
-    trained_on: int,
+    datasets: Sequence[EpisodeDataset],
+    episodes: int,
     codec_folder: Path,
     out: Path,
     parts: nn.ModuleDict,
     heads: Heads,
     steps: int,
 ) -> None:
-    """Write the world directory: float16 weights, a bank of starts from validation episodes, and the model card."""
+    """Write the world directory: float16 weights, a bank of starts from validation episodes, and the model card.
+
+    datasets: all that it was trained on, the newest last; episodes: how many of theirs.
+    """
+    dataset = datasets[-1]
     codec = load_trained_codec(codec_folder)
     report = read_json(codec_folder / "codec.json")
     flow = parts["flow"]
@@ -137,14 +201,15 @@ def export_world(
         actions=ActionEncoderConfig(packed, flow.config.action_features, recipe.flow.harmonics),
         heads=heads.config,
         sampling=recipe.sampling,
-        environment=dataset.info["collect"],
+        environment=environment_of(dataset),
         provenance={
             "recipe": config_to_dict(recipe),
             "git_revision": git_revision(),
             "torch": torch.__version__,
             "codec_steps": report["steps"],
             "flow_steps": steps,
-            "training_episodes": trained_on,
+            "training_episodes": episodes,
+            "trained_on": episodes_of(datasets),
         },
         quality={"codec": report["test"]},
     )

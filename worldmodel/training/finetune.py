@@ -25,21 +25,30 @@ from worldmodel.checkpoint import WorldFiles, half_precision, narrowed, read_wor
 from worldmodel.codec.base import Codec
 from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
 from worldmodel.condition.spaces import packed_size, space_to_json
-from worldmodel.errors import ConfigError, DataError
-from worldmodel.files import config_to_dict, load_tensors, read_json, save_tensors, write_json
+from worldmodel.errors import ConfigError
+from worldmodel.files import (
+    config_to_dict,
+    load_tensors,
+    read_json,
+    remove_leftovers,
+    save_tensors,
+    writable,
+    write_json,
+)
 from worldmodel.flow.attention import Attention
 from worldmodel.flow.block import MLP
 from worldmodel.flow.flow import Flow
+from worldmodel.published import obtain
 from worldmodel.training.codec import LatentEpisode, encode_dataset, load_latents, pieces
 from worldmodel.training.datasets import converted
 from worldmodel.training.episodes import EpisodeDataset, split_indices
-from worldmodel.training.evaluate import git_revision
 from worldmodel.training.export import bank_of_starts
 from worldmodel.training.flow import FlowStage, FlowTraining, Latents, gathered
 from worldmodel.training.heads import HeadsTraining, MemoryTraining, train_heads
 from worldmodel.training.loop import LoopConfig, Run
 from worldmodel.training.parallel import ALONE, Ranks
 from worldmodel.training.pictures import Pictures
+from worldmodel.training.provenance import environment_of, episodes_of, git_revision, trained_on
 from worldmodel.world import WorldModel
 
 
@@ -173,11 +182,16 @@ def finetune(
 
     Raises:
         DataError: the data cannot be read, or is too short. ConfigError: ``run`` is of other settings.
-        Interrupted: by a signal, with the checkpoint written.
+        CheckpointError: ``run`` or ``out`` cannot be written. Interrupted: by a signal, with the checkpoint written.
     """
-    files = read_world(world)
+    if ranks.first:
+        obtain(world)  # which may download and convert
+    ranks.wait()
+    files = read_world(obtain(world))
     torch.set_num_threads(config.threads)
     if ranks.first:
+        remove_leftovers(run)
+        writable(out)
         _prepare(files, source, run, config, camera, prompts, ranks.device)
     ranks.wait()
     dataset = _episodes(files, source, run, camera)
@@ -224,10 +238,7 @@ def finetune(
 def _episodes(files: WorldFiles, source: str, run: Path, camera: str | None) -> EpisodeDataset:
     spec = files.spec
     space = spec.action_space if spec.actions.packed else None
-    dataset = converted(source, run / "episodes", spec.frame_size, spec.codec.frames, space, camera)
-    if spec.actions.packed and not packed_size(dataset.action_space):
-        raise DataError(f"{source} has no actions, but {spec.name} takes some; give clips their action files")
-    return dataset
+    return converted(source, run / "episodes", spec.frame_size, spec.codec.frames, space, camera)
 
 
 def _prepare(
@@ -252,8 +263,8 @@ def _prepare(
         raise ConfigError(
             f"{run} is a run of another {', '.join(changed)}; restore it, or use another --run folder"
         )
-    write_json(note, given)
     dataset = _episodes(files, source, run, camera)
+    write_json(note, given)  # once the source is known to be one
     if not (run / "latents.safetensors").is_file():
         _, codec, _, _ = files.build(device)
         encode_dataset(codec, dataset, run / "latents.safetensors", device)
@@ -355,11 +366,13 @@ def _export(
         actions=encoder,
         heads=heads,
         bank=codec.first_frames == codec.temporal_stride,  # no action has caused a clip's first picture
-        environment=dataset.info["collect"],
+        environment=environment_of(dataset),
         provenance={
             "base": files.spec.name,
             "base_fingerprint": files.fingerprint,
             "data": source,
+            "camera": dataset.collected.get("camera"),
+            "trained_on": trained_on(files.spec) + episodes_of([dataset]),
             "settings": config_to_dict(config),
             "git_revision": git_revision(),
             "torch": torch.__version__,

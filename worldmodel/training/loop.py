@@ -71,9 +71,11 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be used."""
-        if self.steps < 1 or self.lr <= 0 or self.clip <= 0 or not 0 <= self.ema < 1:
-            raise ConfigError("steps, lr and clip must be above 0, and ema in [0, 1)")
-        if self.minutes is not None and self.minutes <= 0:
+        if self.steps < 1 or not 0 < self.lr < math.inf or not self.clip > 0 or not 0 <= self.ema < 1:
+            raise ConfigError("steps, lr and clip must be above 0, lr finite, and ema in [0, 1)")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}, expected at least 0")
+        if self.minutes is not None and not self.minutes > 0:
             raise ConfigError(f"minutes must be above 0, got {self.minutes}")
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError(f"no optimizer {self.optimizer!r}; choose from {', '.join(OPTIMIZERS)}")
@@ -99,6 +101,8 @@ class Stage(Protocol):
 
 class Interrupted(WorldModelError):
     """The run was stopped by a signal after its checkpoint was written; run it again to continue."""
+
+    exit_status = 130
 
 
 def _optimizers(config: LoopConfig, weights: list[nn.Parameter]) -> Iterator[torch.optim.Optimizer]:

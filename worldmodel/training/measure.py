@@ -17,6 +17,7 @@ import torch
 from gymnasium import spaces
 from tqdm import tqdm
 
+from worldmodel.files import require_at_least
 from worldmodel.training.probes import (
     PERTURBATION,
     PROBES,
@@ -39,6 +40,11 @@ class EvaluateConfig:
     clips: int = 90
     bootstrap: int = 1000
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for values that cannot be used."""
+        require_at_least(1, self, "context", "horizon", "clips", "bootstrap")
+        require_at_least(0, self, "long_horizon", "seed")
 
 
 @dataclass(frozen=True)

@@ -75,23 +75,29 @@ def lunar_lander(space: gymnasium.Space[Any], rng: np.random.Generator) -> Polic
 
     def act(env: gymnasium.Env[Any, Any]) -> int:
         world: Any = env.unwrapped
-        half_width = simulator.VIEWPORT_W / simulator.SCALE / 2
-        half_height = simulator.VIEWPORT_H / simulator.SCALE / 2
-        body, pad = world.lander, world.helipad_y + simulator.LEG_DOWN / simulator.SCALE
-        state = np.array(
-            [
-                body.position.x / half_width - 1,
-                (body.position.y - pad) / half_height,
-                body.linearVelocity.x * half_width / simulator.FPS,
-                body.linearVelocity.y * half_height / simulator.FPS,
-                body.angle,
-                20.0 * body.angularVelocity / simulator.FPS,
-                *(float(leg.ground_contact) for leg in world.legs),
-            ]
-        )
-        return int(draw(env) if rng.random() < share else simulator.heuristic(world, state))
+        return int(draw(env) if rng.random() < share else simulator.heuristic(world, lander_state(world)))
 
     return act
+
+
+def lander_state(world: Any) -> np.ndarray:
+    """(8,) LunarLander's observation, read off the simulator as its own `step` does."""
+    from gymnasium.envs.box2d import lunar_lander as simulator
+
+    half_width = simulator.VIEWPORT_W / simulator.SCALE / 2
+    half_height = simulator.VIEWPORT_H / simulator.SCALE / 2
+    body, pad = world.lander, world.helipad_y + simulator.LEG_DOWN / simulator.SCALE
+    return np.array(
+        [
+            body.position.x / half_width - 1,
+            (body.position.y - pad) / half_height,
+            body.linearVelocity.x * half_width / simulator.FPS,
+            body.linearVelocity.y * half_height / simulator.FPS,
+            body.angle,
+            20.0 * body.angularVelocity / simulator.FPS,
+            *(float(leg.ground_contact) for leg in world.legs),
+        ]
+    )
 
 
 POLICIES: dict[str, MakePolicy] = {

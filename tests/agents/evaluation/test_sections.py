@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from agents.evaluation.planning import lander_state, pearson, pendulum_returns, play
+from agents.evaluation.planning import pearson, pendulum_returns, play
 from agents.evaluation.sections import SECTIONS, Section, evaluate_agents, plot_page, summary
 from agents.evaluation.trial import (
     Progress,
@@ -27,6 +27,7 @@ from tests.toy import write_toy
 from worldmodel import InputError, WorldModel
 from worldmodel.files import config_to_dict
 from worldmodel.training.collect import CollectConfig, PolicyShare
+from worldmodel.training.policies import lander_state
 
 pytest.importorskip("pygame")
 
