@@ -75,7 +75,8 @@ def lunar_lander(space: gymnasium.Space[Any], rng: np.random.Generator) -> Polic
 
     def act(env: gymnasium.Env[Any, Any]) -> int:
         world: Any = env.unwrapped
-        return int(draw(env) if rng.random() < share else simulator.heuristic(world, lander_state(world)))
+        state = lander_state(world)  # also where it is not needed: of another environment there is none
+        return int(draw(env) if rng.random() < share else simulator.heuristic(world, state))
 
     return act
 
