@@ -195,12 +195,10 @@ class WorldModel(WorldParts):
         packed, features = self._action(action, state.rows)
         state = self._told(state, action, sampling.guidance)
         self.next_frames(state)
+        drawn = self._noise(state, noise, SAMPLE)
         if noise is None:
-            drawn = normal(state.seeds, state.branches, state.steps, SAMPLE, self.latent_shape)
-            noise = (drawn * sampling.temperature).to(self.device)
-        else:
-            noise = given_noise(noise, (state.rows, *self.latent_shape), self.device)
-        w = self.flow.tokens(noise[:, None])[:, 0]
+            drawn = drawn * sampling.temperature
+        w = self.flow.tokens(drawn[:, None])[:, 0]
         context = self._room(state, sampling)
         made = self.flow.imagine(
             context,
@@ -255,8 +253,8 @@ class WorldModel(WorldParts):
         packed, features = self._action(action, state.rows)
         state = self._told(state, action)
         pixels, latent, codec = self._encode(state, frames)
-        noise = normal(state.seeds, state.branches, state.steps, OBSERVE, self.latent_shape)
-        x = self.flow.tokens((latent + self.flow.config.noise_std * noise.to(self.device))[:, None])
+        noise = self._noise(state, None, OBSERVE)
+        x = self.flow.tokens((latent + self.flow.config.noise_std * noise)[:, None])
         sampling = sampling or self.spec.sampling
         context = self.flow.deep.reserve(self._room(state, sampling))
         with self.flow.deep.given_back(context):
@@ -310,11 +308,7 @@ class WorldModel(WorldParts):
         results = []
         for draw in range(draws):
             stream = OBSERVE if draw == 0 else SCORE
-            if noise is None:
-                drawn = normal(state.seeds, state.branches, state.steps, stream, self.latent_shape, draw)
-                drawn = drawn.to(self.device)
-            else:
-                drawn = given_noise(noise, (state.rows, *self.latent_shape), self.device)
+            drawn = self._noise(state, noise, stream, draw)
             x = self.flow.tokens((latent + self.flow.config.noise_std * drawn)[:, None])
             reserved = self.flow.deep.reserve(context)
             try:
@@ -401,6 +395,14 @@ class WorldModel(WorldParts):
         if self.actions is None:
             return packed, None
         return packed, with_rows(self.actions.layers.least_rows, self.actions, packed)[:, None]
+
+    def _noise(self, state: WorldState, given: Tensor | None, stream: int, draw: int = 0) -> Tensor:
+        """Noise (B, C, h, w) where the weights are: what was given, or the sessions' own."""
+        if given is not None:
+            return given_noise(given, (state.rows, *self.latent_shape), self.device)
+        return normal(state.seeds, state.branches, state.steps, stream, self.latent_shape, draw).to(
+            self.device
+        )
 
     def _encode(self, state: WorldState, frames: np.ndarray | Tensor) -> tuple[Tensor, Tensor, CodecState]:
         shape = (state.rows, self.next_frames(state), *self.spec.frame_size, 3)

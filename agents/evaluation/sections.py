@@ -28,10 +28,10 @@ from agents.evaluation.planning import (
     plot_planning,
     plot_returns,
 )
-from agents.evaluation.trial import Numbers, Progress, TrialConfig, finite, with_nan
+from agents.evaluation.trial import Numbers, Progress, TrialConfig, with_nan
 from worldmodel import InputError, WorldModel
 from worldmodel.errors import ConfigError
-from worldmodel.files import write_atomic, write_json
+from worldmodel.files import finite, write_atomic, write_json
 from worldmodel.training.evaluate import git_revision
 from worldmodel.training.plots import pyplot
 

@@ -15,7 +15,7 @@ from agents.actions import batch_of_one
 from envs import ChunkedEnv
 from worldmodel import InputError, WorldModel, WorldState
 from worldmodel.errors import CheckpointError
-from worldmodel.files import config_from_dict, read_json, write_json
+from worldmodel.files import config_from_dict, finite, read_json, write_json
 from worldmodel.training.collect import CollectConfig
 from worldmodel.training.evaluate import HELD_OUT_SEED
 from worldmodel.training.measure import EvaluateConfig, interval
@@ -93,15 +93,6 @@ class Progress:
         """Keep the section's figures."""
         self.kept["numbers"] = numbers
         write_json(self.path, self.kept)
-
-
-def finite(value: Any) -> Any:
-    """Numbers for JSON: None for what is not finite."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def with_nan(value: Any) -> Any:
@@ -195,8 +186,8 @@ def resampled(
     """A statistic of rows (by index) with its 95 % bootstrap interval; resamples where it is NaN are left out."""
     rng = np.random.default_rng(0)
     values = [statistic(rng.integers(rows, size=rows)) for _ in range(config.bootstrap)]
-    finite = [value for value in values if not math.isnan(value)]
-    low, high = np.percentile(finite, [2.5, 97.5]) if finite else (math.nan, math.nan)
+    known = [value for value in values if not math.isnan(value)]
+    low, high = np.percentile(known, [2.5, 97.5]) if known else (math.nan, math.nan)
     return {"value": statistic(np.arange(rows)), "low": float(low), "high": float(high), "n": rows}
 
 

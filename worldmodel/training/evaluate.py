@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from worldmodel.condition.spaces import packed_size
 from worldmodel.errors import DataError
-from worldmodel.files import config_from_dict, config_to_dict, writable, write_json
+from worldmodel.files import config_from_dict, config_to_dict, finite, writable, write_json
 from worldmodel.published import cache_folder
 from worldmodel.training.collect import CollectConfig, collect
 from worldmodel.training.episodes import EpisodeDataset, EpisodeSplit, Windows
@@ -98,7 +97,7 @@ def evaluate(
     report.numbers["pictures"] = pictures(world, clips, config, report)
     report.numbers["pictures_from_episode_start"] = pictures(world, beginnings, config, report)
     endurance(world, clips, config, report)
-    write_json(folder / "evaluation.json", _finite(report.numbers))
+    write_json(folder / "evaluation.json", finite(report.numbers))
     plot_report(report, folder)
     return report.numbers
 
@@ -165,11 +164,3 @@ def summary(numbers: dict[str, Any]) -> str:
             f"(real {shown(e['degrees_a_frame_real'])})"
         )
     return "\n".join(lines)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,7 +17,6 @@ from agents.evaluation.trial import (
     TrialConfig,
     auroc,
     camera,
-    finite,
     real_env,
     replay,
     resampled,
@@ -25,7 +24,7 @@ from agents.evaluation.trial import (
 )
 from tests.toy import write_toy
 from worldmodel import InputError, WorldModel
-from worldmodel.files import config_to_dict
+from worldmodel.files import config_to_dict, finite
 from worldmodel.training.collect import CollectConfig, PolicyShare
 from worldmodel.training.policies import lander_state
 
