@@ -287,10 +287,11 @@ def test_what_is_held_is_renewed_while_a_long_request_is_waited_for() -> None:
     with scripted(answer) as (url, _):
         connection = Connection(url, timeout=20.0)
         connection.lease = 0.2
-        connection.hold(bytes(24))
-        assert ask(connection, 1).result["number"] == 1
+        with connection._lock:  # as any request has it: the thread that renews in the background waits for it
+            connection.hold(bytes(24))
+            assert ask(connection, 1).result["number"] == 1
+            assert not connection._calls
         assert {request.args["sessions"][0] for request in renewed} == {bytes(24)}
-        assert not connection._calls
         connection.close()
 
 
