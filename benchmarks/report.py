@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import ablation, dial, long_runs, shapes, steps, training
+from benchmarks import ablation, dial, long_runs, peers, shapes, steps, training
 from benchmarks.measure import Row, matrix_peak, table
 from worldmodel import WorldModel, native
 from worldmodel.errors import InputError
@@ -86,6 +86,12 @@ def sections(world: WorldModel, options: Options, peak: Row) -> dict[str, Sectio
             "a call a chunk: the public code takes a past and returns frames, so each call first fills the cache (from u,\n"
             "the cheapest way); given a state: as if its cache outlived the call; one clip: what it is made for, no world",
             lambda: steps.against_baseline(world, 10, 3 if quick else 9),
+        ),
+        "peers": Section(
+            "world models that others publish, 64 x 64 pixels, their shapes with random weights",
+            "a step: one action; speed alone, of pictures without reward; x ours: by the faster of float32 and bfloat16.\n"
+            "DIAMOND's U-Net by diffusers, 3 Euler steps a frame; Dreamer and V3 by TorchRL. Ours: frames and likelihood",
+            lambda: peers.against_peers(world, [1, 16], 3 if quick else 9),
         ),
         "environment": Section("end to end", "", lambda: steps.environment(world, count)),
         "ablation": Section(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import baseline, dial, long_runs, shapes, steps
+from benchmarks import baseline, dial, long_runs, peers, shapes, steps
 from benchmarks.ablation import (
     float32_weights,
     jacobi_and_commit,
@@ -186,6 +186,39 @@ def test_the_large_sweep_is_little_more_than_its_products() -> None:
     assert rows[20]["one by one ms"] - rows[20]["floor ms"] < 1.05 * (
         rows[1]["one by one ms"] - rows[1]["floor ms"]
     )
+
+
+@pytest.mark.parametrize("name", list(peers.PEERS))
+def test_peers_imagine_from_their_past_and_action(name: str) -> None:
+    """Frames of 64 x 64 that follow the action and what came before; by the same noise the same ones."""
+
+    def frames(*pushes: float) -> torch.Tensor:
+        torch.manual_seed(0)
+        peer = peers.PEERS[name][1](2)
+        with torch.no_grad():
+            seen = [peer(torch.full((2, peers.ACTIONS), push)) for push in pushes]
+        return seen[-1]
+
+    one = frames(0.5, 0.5)
+    assert one.shape == (2, 3, peers.SIZE, peers.SIZE) and one.isfinite().all()
+    assert torch.equal(one, frames(0.5, 0.5))
+    assert not torch.equal(one, frames(0.5, -0.5))  # the action
+    assert not torch.equal(one, frames(-0.5, 0.5))  # the past
+
+
+def test_peers_are_of_their_shape_and_compared_by_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        peers.PEERS, "absent", ("no_such_library", lambda *given: pytest.fail("it was built"))
+    )
+    world = small_world()
+    ours, *others, skipped = peers.against_peers(world, [1], 1)
+    assert [row["model"] for row in others] == ["DIAMOND", "Dreamer", "DreamerV3"]
+    assert skipped == {"model": "absent", "skipped": "pip install no_such_library"}
+    assert ours["x ours a step"] == ours["x ours a frame"] == 1.0
+    for row in others:
+        assert row["x ours a frame"] == pytest.approx(row["x ours a step"] * world.chunk_frames)
+    assert others[0]["parameters"] == pytest.approx(3.2e6, rel=0.05)  # the U-Net and the actions
+    assert others[0]["MFLOP a frame"] == pytest.approx(18_000, rel=0.1)
 
 
 def test_reports_as_tables_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
