@@ -71,13 +71,13 @@ def rollout(
             state = model.initial_state([seed], [prompt or ""])
         else:
             state, begun = model.reset([seed])
-            frames = [np.asarray(c.frames[0]) for c in begun]
+            frames = [c.frames[0].cpu().numpy() for c in begun]
         try:
             for t in tqdm(range(chunks), desc="imagine", unit="chunk", disable=not first):
                 if t % hold == 0 and key != "":
                     action = _batch_of_one({**space.sample(), key: prompt or ""} if key else space.sample())
                 state, chunk = model.step(state, action)
-                frames.append(np.asarray(chunk.frames[0]))
+                frames.append(chunk.frames[0].cpu().numpy())
                 nats.append(float(chunk.log_prob[0]))
         except KeyboardInterrupt:
             stopped = True

@@ -109,10 +109,16 @@ class CodecStage:
     background.
     """
 
-    def __init__(self, config: CodecTraining, split: EpisodeSplit, start: ConvCodec | None = None) -> None:
+    def __init__(
+        self,
+        config: CodecTraining,
+        split: EpisodeSplit,
+        start: ConvCodec | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         """``start``: a codec whose weights the run begins with, instead of random ones."""
         torch.manual_seed(config.loop.seed)
-        self.config, self.split = config, split
+        self.config, self.split, self.device = config, split, torch.device(device)
         self.codec = ConvCodec(config.model)
         if start is not None:
             self.codec.load_state_dict(start.state_dict())
@@ -121,6 +127,7 @@ class CodecStage:
         self.places = places(split, config.model.frames)
         self.moving = pixel_motion(split, config.model.frames) if config.motion else None
         self.readout = Readout(config.model, split) if config.observed else None
+        self.module.to(self.device)
 
     @property
     def module(self) -> nn.Module:
@@ -167,15 +174,15 @@ class CodecStage:
         observed (unexplained share of the observations' variance).
         """
         drawn = self._drawn(rng)
-        x = self.codec.to_input(self._pictures(drawn))
-        with autocast("cpu", self.config.bf16):
+        x = self.codec.to_input(self._pictures(drawn).to(self.device))
+        with autocast(self.device.type, self.config.bf16):
             raw = self.codec.encoder(x)
         raw = raw.float()
         centred = raw - raw.mean(dim=0)
         z = centred / (centred.square().mean(dim=(0, 2, 3), keepdim=True) + 1e-6).sqrt()
         sigma = self.config.noise * torch.rand(len(z), 1, 1, 1, generator=generator)
-        noisy = z + sigma * torch.randn(z.shape, generator=generator)
-        with autocast("cpu", self.config.bf16):
+        noisy = z + (sigma * torch.randn(z.shape, generator=generator)).to(self.device)
+        with autocast(self.device.type, self.config.bf16):
             y = self.codec.decoder(noisy.contiguous(memory_format=torch.channels_last))
         squares = (y.float() - x).square()
         square = squares.mean()
@@ -221,8 +228,8 @@ class Readout(nn.Module):
         )
         if not rows:
             return latents.new_ones(self.map.out_features)
-        told = self.map(latents.flatten(1)[chosen])
-        return (told - torch.from_numpy(np.stack(aims))).square().mean(dim=0)
+        told = self.map(latents.flatten(1)[chosen.to(latents.device)])
+        return (told - torch.from_numpy(np.stack(aims)).to(told.device)).square().mean(dim=0)
 
 
 def standardised(observations: np.ndarray) -> np.ndarray:
@@ -290,7 +297,7 @@ def standardise(stage: CodecStage, batches: int = 200) -> None:
     codec.latent_mean.zero_()
     codec.latent_std.fill_(1.0)
     drawn = tqdm(range(batches), desc="standardise", leave=False, delay=2)
-    latents = torch.cat([codec.encode(stage.pairs(rng), {})[0] for _ in drawn])
+    latents = torch.cat([codec.encode(stage.pairs(rng).to(stage.device), {})[0] for _ in drawn])
     codec.latent_mean.copy_(latents.mean(dim=(0, 1)))
     deviation = (latents - codec.latent_mean).square().mean(dim=(0, 1, 3, 4)).sqrt()
     codec.latent_std.copy_(deviation[:, None, None])
@@ -331,7 +338,11 @@ def _psnr(square_error: Tensor) -> Tensor:
 
 
 def train_codec(
-    config: CodecTraining, data: Path, folder: Path, start: ConvCodec | None = None
+    config: CodecTraining,
+    data: Path,
+    folder: Path,
+    start: ConvCodec | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Train on the train split of the dataset in ``data``, continuing what is in ``folder``; export, measure.
 
@@ -355,14 +366,16 @@ def train_codec(
         raise ConfigError(f"the codec to start with has {start.config}, expected the recipe's {model}")
     torch.set_num_threads(config.threads)
     train = dataset.split("train")
-    stage = CodecStage(config, train, start)
+    stage = CodecStage(config, train, start, device)
     run = Run(stage, config.loop, folder)
     run.fit("codec")
     codec = stage.codec.requires_grad_(False).eval()
     round_weights(codec)
     standardise(stage)
     save_codec(folder / "codec.safetensors", codec)
-    shipped = load_codec(folder / "codec.safetensors", model)
+    shipped = load_codec(
+        folder / "codec.safetensors", model
+    )  # measured on the CPU, where its quality is the same anywhere
     report = {
         "codec": config_to_dict(model),
         "training": config_to_dict(config),

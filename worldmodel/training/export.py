@@ -72,10 +72,11 @@ def train_world(
         _check_run(recipe, plan, run)
         if until == "heads":
             writable(out)
-        _train_codecs(plan)
+        _train_codecs(plan, ranks.device)
         for path, dataset in [item for p in plan for item in p.encoded.items()] if until != "codec" else ():
             if not path.is_file():
-                encode_dataset(load_trained_codec(path.parent), dataset, path)
+                codec = load_trained_codec(path.parent).to(ranks.device)
+                encode_dataset(codec, dataset, path, ranks.device)
     ranks.wait()
     if until == "codec":
         return None
@@ -92,8 +93,9 @@ def train_world(
         return None
     pictures = None
     if recipe.heads.eye is not None:
-        pictures = Pictures.of(planned.datasets, load_trained_codec(planned.codec), latents)
-    heads, _ = train_heads(recipe.heads, latents, run / "heads", pictures=pictures)
+        codec = load_trained_codec(planned.codec).to(ranks.device)
+        pictures = Pictures.of(planned.datasets, codec, latents, ranks.device)
+    heads, _ = train_heads(recipe.heads, latents, run / "heads", None, pictures, ranks.device)
     export_world(recipe, planned.datasets, len(train), planned.codec, out, parts, heads, steps)
     return WorldModel.load(out)
 
@@ -161,13 +163,13 @@ def _lasting(settings: Any) -> Any:
     }
 
 
-def _train_codecs(plan: list[_Planned]) -> None:
+def _train_codecs(plan: list[_Planned], device: torch.device) -> None:
     """Train each round's codec on the newest episodes, from the weights of the one before."""
     before = None
     for planned in plan:
         if planned.round.codec is not None:
             if not (planned.codec / "codec.json").is_file():
-                train_codec(planned.round.codec, planned.datasets[-1].folder, planned.codec, before)
+                train_codec(planned.round.codec, planned.datasets[-1].folder, planned.codec, before, device)
             before = load_trained_codec(planned.codec)
 
 

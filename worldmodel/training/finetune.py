@@ -319,15 +319,15 @@ def bits_per_dim(
 
 
 @torch.no_grad()
-def codec_psnr(codec: Codec, dataset: EpisodeDataset, episodes: int = 4) -> float:
-    """How well the world's codec reproduces the data, in dB over the last few episodes' frames."""
+def codec_psnr(codec: Codec, dataset: EpisodeDataset, device: torch.device, episodes: int = 4) -> float:
+    """How well the world's codec, on ``device``, reproduces the data, in dB over the last few episodes' frames."""
     errors = []
     for index in range(dataset.episodes)[-episodes:]:
         state = codec.initial_state(1)
         for frames in pieces(codec, dataset.episode(index).frames, dataset.frame_skip):
-            latents, state = codec.encode(frames, state)
+            latents, state = codec.encode(frames.to(device), state)
             back, state = codec.decode(latents, state)
-            errors.append((back.double() - frames.double()).square().mean((0, 2, 3, 4)))
+            errors.append((back.cpu().double() - frames.double()).square().mean((0, 2, 3, 4)))
     return float(10 * torch.log10(255.0**2 / torch.cat(errors).mean().clamp_min(1e-5)))
 
 
@@ -344,6 +344,8 @@ def _export(
 ) -> None:
     _, codec, _, old_heads = files.build("cpu")
     flow, acts = cast(Flow, parts["flow"]), "actions" in parts
+    device = flow.deep.sos.device
+    codec.to(device)
     encoder = cast(ActionEncoder, parts["actions"]).config if acts else files.spec.actions
     space = space_to_json(dataset.action_space) if acts else files.spec.action_space_json
     same = encoder.packed == files.spec.actions.packed
@@ -353,10 +355,10 @@ def _export(
     if train.rewards.any() or train.terminated.any() or (heads is not None and not same):
         old = old_heads if same else None
         eye = config.heads.eye if old is None else old.config.eye
-        pictures = None if eye is None else Pictures.of([dataset], codec, train)
-        trained, _ = train_heads(config.heads, train, run / "heads", old, pictures)
+        pictures = None if eye is None else Pictures.of([dataset], codec, train, device)
+        trained, _ = train_heads(config.heads, train, run / "heads", old, pictures, device)
         tensors["heads"], heads = half_precision(trained), trained.config
-    psnr = codec_psnr(codec, dataset)
+    psnr = codec_psnr(codec, dataset, device)
     spec = replace(
         files.spec,
         name=out.name,

@@ -99,7 +99,7 @@ class _Aims:
         Raises:
             DataError: a discount at which no episode's returns are known.
         """
-        self.data, self.heads = data, heads
+        self.data, self.heads, self.device = data, heads, heads.reward_mean.device
         if fresh:
             std, mean = torch.std_mean(data.rewards)
             heads.reward_mean.copy_(mean)
@@ -120,19 +120,21 @@ class _Aims:
     def outcome(self, raw: Tensor, at: Tensor) -> dict[str, Tensor]:
         """Of `Heads.raw` (B, 2) at places (B,): squared error of the standardised reward, cross-entropy of termination."""
         reward, logit = raw.unbind(1)
-        wanted = (self.data.rewards[at] - self.heads.reward_mean) / self.heads.reward_std
-        ended = F.binary_cross_entropy_with_logits(logit, self.data.terminated[at].float())
+        rewards, terminated = self.data.rewards[at].to(self.device), self.data.terminated[at].to(self.device)
+        wanted = (rewards - self.heads.reward_mean) / self.heads.reward_std
+        ended = F.binary_cross_entropy_with_logits(logit, terminated.float())
         return {"reward": F.mse_loss(reward, wanted), "termination": ended}
 
     def ahead(self, value: Tensor, prior: Tensor, at: Tensor) -> dict[str, Tensor]:
         """Of `Heads.raw_ahead` at places (B,): squared errors of the standardised return-to-go and of the next packed
         action, whose minimum is a one-hot action's probabilities.
         """
-        wanted = (self.values[at] - self.heads.value_mean) / self.heads.value_std
-        following = self.data.packed[(at + 1).clamp_max(len(self.data.packed) - 1)]
+        wanted = (self.values[at].to(self.device) - self.heads.value_mean) / self.heads.value_std
+        following = self.data.packed[(at + 1).clamp_max(len(self.data.packed) - 1)].to(self.device)
+        known, imitated = self.known[at].to(self.device), self.imitated[at].to(self.device)
         return {
-            "value": _mean_where(self.known[at], (value - wanted).square()),
-            "prior": _mean_where(self.imitated[at], (prior - following).square().sum(1)),
+            "value": _mean_where(known, (value - wanted).square()),
+            "prior": _mean_where(imitated, (prior - following).square().sum(1)),
         }
 
 
@@ -148,12 +150,13 @@ class HeadsStage:
         data: Latents,
         heads: Heads | None = None,
         pictures: Pictures | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         """``heads`` are trained further where given, else new ones, without a memory, standardised on the data's rewards.
         ``pictures``: of the same chunks as ``data``, for heads with an eye.
         """
         torch.manual_seed(config.loop.seed)
-        self.config, self.data, self.pictures = config, data, pictures
+        self.config, self.data, self.pictures, self.device = config, data, pictures, torch.device(device)
         fresh = heads is None
         if heads is None:
             eye = None if config.eye is None else replace(config.eye, memory=0)
@@ -168,6 +171,7 @@ class HeadsStage:
                 hidden = nn.Linear(heads.eye.config.features, width)
                 self.readout = nn.Sequential(hidden, nn.SiLU(), nn.Linear(width, numbers))
                 self.observations = torch.from_numpy(standardised(told.numpy()))
+        self.module.to(self.device)
         self.places = data.places(2) + 1
         self.aims = _Aims(data, heads, fresh)
 
@@ -181,12 +185,12 @@ class HeadsStage:
         c, heads = self.config, self.heads
         if heads.eye is None:
             latent = self.data.latents[torch.from_numpy(at)]
-            return latent + c.noise * torch.randn(latent.shape, generator=generator)
+            return (latent + c.noise * torch.randn(latent.shape, generator=generator)).to(self.device)
         assert self.pictures is not None
         frames = self.pictures.windows(at, 1, c.swap, rng)[:, 0].float()
         frames = frames + c.noise * PIXEL_RANGE * torch.randn(frames.shape, generator=generator)
-        with autocast("cpu"):
-            return heads.eye(frames).float()
+        with autocast(self.device.type):
+            return heads.eye(frames.to(self.device)).float()
 
     def backward(
         self, rng: np.random.Generator, generator: torch.Generator, progress: float
@@ -196,14 +200,14 @@ class HeadsStage:
         places = rng.choice(self.places, size=c.batch)
         at = torch.from_numpy(places)
         previous = data.latents[at - 1]
-        previous = previous + c.noise * torch.randn(previous.shape, generator=generator)
+        previous = (previous + c.noise * torch.randn(previous.shape, generator=generator)).to(self.device)
         seen = self._seen(places, rng, generator)
-        parts = self.aims.outcome(heads.raw(previous, seen, data.packed[at]), at)
+        parts = self.aims.outcome(heads.raw(previous, seen, data.packed[at].to(self.device)), at)
         if heads.config.discount is not None:
             parts |= self.aims.ahead(*heads.raw_ahead(seen), at)
         loss = torch.stack(list(parts.values())).sum()
         if self.readout is not None:
-            missed = (self.readout(seen) - self.observations[at]).square().mean(0)
+            missed = (self.readout(seen) - self.observations[at].to(self.device)).square().mean(0)
             loss = loss + c.observed * _precision(missed)
             parts["observed"] = missed.mean()
         loss.backward()
@@ -221,6 +225,7 @@ class MemoryStage:
         """``heads`` with a memory; a ``fresh`` one, and the observation that it tells, are standardised on the data."""
         assert heads.eye is not None and heads.memory is not None
         self.config, self.data, self.heads = config, data, heads.requires_grad_(True)
+        self.device = heads.reward_mean.device
         heads.eye.requires_grad_(False)
         self.features = features_of(heads, pictures, config)
         if fresh:
@@ -233,7 +238,7 @@ class MemoryStage:
                 std, mean = torch.std_mean(pictures.observations, dim=0)
                 heads.observation_mean.copy_(mean)
                 heads.observation_std.copy_(std + SMALL)
-            told = (pictures.observations - heads.observation_mean) / heads.observation_std
+            told = (pictures.observations - heads.observation_mean.cpu()) / heads.observation_std.cpu()
             self.observations = told.clamp(-OBSERVED_LIMIT, OBSERVED_LIMIT)
         self.first = np.cumsum(data.lengths) - data.lengths
         self.aims = _Aims(data, heads, fresh=False)
@@ -261,16 +266,17 @@ class MemoryStage:
         assert memory is not None
         places, inside = self._windows(rng)
         copy = torch.from_numpy(rng.integers(c.memory.copies, size=len(places)))[:, None]
-        features = memory.standardised(self.features[copy, places].float())
-        features = features + c.memory.noise * torch.randn(features.shape, generator=generator)
-        nothing = torch.zeros(len(places), heads.config.seen)
-        seen = memory.through(features, self.data.packed[places], nothing)[inside]
+        features = memory.standardised(self.features[copy, places].float().to(self.device))
+        noise = torch.randn(features.shape, generator=generator).to(self.device)
+        nothing = features.new_zeros(len(places), heads.config.seen)
+        packed = self.data.packed[places].to(self.device)
+        seen = memory.through(features + c.memory.noise * noise, packed, nothing)[inside.to(self.device)]
         at = places[inside]
         parts = self.aims.outcome(heads.raw(seen[:, :0], seen, self.data.packed[at]), at)
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=self.device)
         known = None
         if self.observations is not None and heads.tell is not None:
-            known = self.observations[at]
+            known = self.observations[at].to(self.device)
             missed = (heads.tell(seen) - known).square().mean(0)
             loss = c.memory.observed * _precision(missed)
         if heads.config.discount is not None:
@@ -288,13 +294,14 @@ def features_of(heads: Heads, pictures: Pictures, config: HeadsTraining) -> Tens
     some before another's scenery.
     """
     assert heads.eye is not None
-    rng = np.random.default_rng(config.memory.loop.seed)
+    rng, device = np.random.default_rng(config.memory.loop.seed), heads.reward_mean.device
     first, counts = np.unique(pictures.episode, return_index=True, return_counts=True)[1:]
     copies = []
     for _ in range(config.memory.copies):
         bar = tqdm(zip(first, counts, strict=True), "look", len(first), leave=False, delay=2, unit="episode")
         seen = [
-            heads.eye(pictures.windows(np.array([at]), int(count), config.swap, rng)[0]) for at, count in bar
+            heads.eye(pictures.windows(np.array([at]), int(count), config.swap, rng)[0].to(device)).cpu()
+            for at, count in bar
         ]
         copies.append(torch.cat(seen).half())
     return torch.stack(copies)
@@ -317,7 +324,7 @@ def _same_chunks(pictures: Pictures | None, data: Latents) -> Pictures:
 
 def with_memory(heads: Heads, eye: EyeConfig, observed: int) -> Heads:
     """New heads behind the same eye, with a memory that tells ``observed`` numbers."""
-    remembering = Heads(replace(heads.config, eye=eye, observed=observed))
+    remembering = Heads(replace(heads.config, eye=eye, observed=observed)).to(heads.reward_mean.device)
     remembering.eye = heads.eye
     for name in ("reward_mean", "reward_std"):
         remembering.get_buffer(name).copy_(heads.get_buffer(name))
@@ -330,9 +337,10 @@ def train_heads(
     folder: Path,
     heads: Heads | None = None,
     pictures: Pictures | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[Heads, Run]:
-    """Train heads, new ones or ``heads``, or continue; returns them with averaged weights. A memory's run is in
-    ``folder``/memory; heads that have one already learn with their eye as it is.
+    """Train heads, new ones or ``heads``, or continue; returns them on ``device`` with averaged weights. A memory's run is
+    in ``folder``/memory; heads that have one already learn with their eye as it is.
 
     Raises:
         DataError: heads with an eye without the ``pictures`` of the same chunks, a memory that tells another observation
@@ -341,7 +349,7 @@ def train_heads(
     eye = config.eye if heads is None else heads.config.eye
     fresh = heads is None or heads.memory is None
     if heads is None or heads.memory is None:
-        stage = HeadsStage(config, data, heads, pictures)
+        stage = HeadsStage(config, data, heads, pictures, device)
         run = Run(stage, config.loop, folder)
         run.fit("heads")
         heads = stage.heads
@@ -350,6 +358,7 @@ def train_heads(
         told = _same_chunks(pictures, data).observations.shape[1] if config.memory.observed else 0
         torch.manual_seed(config.memory.loop.seed)
         heads = with_memory(heads, eye, told)
+    heads.to(device)
     pictures = _same_chunks(pictures, data)
     numbers = pictures.observations.shape[1]
     if heads.config.observed and numbers not in (0, heads.config.observed):

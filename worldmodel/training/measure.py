@@ -145,7 +145,7 @@ def likelihoods(world: WorldModel, clips: Clips, config: EvaluateConfig) -> dict
         state, chunk = world.observe(state, frames, clips.actions[:, t])
         if t >= config.context:
             nats["true"].append(chunk.log_prob.numpy())
-            rewards.append(chunk.reward.numpy())
+            rewards.append(chunk.reward.cpu().numpy())
     dims = math.prod(world.latent_shape)
     result: dict[str, Any] = {}
     for name, values in nats.items():
@@ -185,8 +185,8 @@ def open_loop(
     frames, rewards = [], []
     for t in tqdm(range(horizon), desc="open loop", unit="chunk"):
         state, chunk = world.step(state, clips.actions[:, c + t])
-        frames.append(chunk.frames.numpy())
-        rewards.append(chunk.reward.numpy())
+        frames.append(chunk.frames.cpu().numpy())
+        rewards.append(chunk.reward.cpu().numpy())
     return np.stack(frames, axis=1), np.stack(rewards, axis=1)
 
 
@@ -196,7 +196,7 @@ def teacher_forced(world: WorldModel, clips: Clips, config: EvaluateConfig) -> n
     frames = []
     for t in tqdm(range(config.context + config.horizon), desc="teacher-forced pictures", unit="chunk"):
         if t >= config.context:
-            frames.append(world.step(state, clips.actions[:, t])[1].frames.numpy())
+            frames.append(world.step(state, clips.actions[:, t])[1].frames.cpu().numpy())
         state, _ = world.observe(state, clips.frames[:, t], clips.actions[:, t])
     return np.stack(frames, axis=1)
 
@@ -283,7 +283,7 @@ def endurance(world: WorldModel, clips: Clips, config: EvaluateConfig, report: R
             fresh = np.stack([space.sample() for _ in range(rows)])
             held = np.where(rng.random(len(held)).reshape(-1, *[1] * (held.ndim - 1)) < 0.5, fresh, held)
         state, chunk = world.step(state, held.astype(space.dtype))
-        frames = chunk.frames.numpy()
+        frames = chunk.frames.cpu().numpy()
         reading = off_picture(frames)
         nearest = order[np.clip(np.searchsorted(angles, np.nan_to_num(reading)), 0, len(order) - 1)]
         sharpness.append(psnr(frames[:, None], bank[nearest][:, None])[:, 0])

@@ -57,8 +57,14 @@ class Pictures:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, datasets: Sequence[EpisodeDataset], codec: Codec, latents: Latents) -> Pictures:
-        """The training episodes of all datasets, in their order, whose ``latents`` the codec made.
+    def of(
+        cls,
+        datasets: Sequence[EpisodeDataset],
+        codec: Codec,
+        latents: Latents,
+        device: torch.device | str = "cpu",
+    ) -> Pictures:
+        """The training episodes of all datasets, in their order, whose ``latents`` the codec, on ``device``, made.
 
         Raises:
             DataError: as `EpisodeDataset.split`.
@@ -67,7 +73,8 @@ class Pictures:
         episodes = [s.episode(i) for s in splits for i in s.indices]
         parts = torch.split(latents.latents, latents.lengths.tolist())
         bar = tqdm(parts, desc="decode", unit="episode", leave=False, delay=2)
-        decoded = [codec.decode(part[None], codec.initial_state(1))[0][0].numpy() for part in bar]
+        state = codec.initial_state(1)
+        decoded = [codec.decode(part[None].to(device), state)[0][0].cpu().numpy() for part in bar]
         return cls(episodes, splits[0].frame_skip, decoded)
 
     def windows(self, at: np.ndarray, length: int, swap: float, rng: np.random.Generator) -> Tensor:
