@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from worldmodel.cli_arguments import World
+from worldmodel.cli_arguments import Device, World, load
 
 
 class WorldFirst(TyperGroup):
@@ -52,6 +52,7 @@ def evaluate_agents(
     ] = None,
     preset: Annotated[str, typer.Option(help="Of the planner: fast, quality or paper.")] = "fast",
     policy_chunks: Annotated[int, typer.Option(help="Imagined chunks that PPO learns from.")] = 60_000,
+    device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of the summary.")] = False,
 ) -> None:
     """Agents proven in the real environment: planning, inference, counterfactuals, learning in imagination, anomalies.
@@ -62,9 +63,8 @@ def evaluate_agents(
     from agents.evaluation.sections import evaluate_agents as run
     from agents.evaluation.sections import summary
     from agents.evaluation.trial import TrialConfig
-    from worldmodel.world import WorldModel
 
-    model = WorldModel.load(world)
+    model = load(world, device)
     config = TrialConfig(starts, chunks, preset, clips, policy_chunks)
     folder = out or Path("evaluation") / f"{model.spec.name}-agents"
     sections = [name for text in only or () if text for name in text.split(",")]
@@ -86,6 +86,7 @@ def evaluate(
     clips: Annotated[int, typer.Option(help="Held-out clips, one an episode.")] = 90,
     horizon: Annotated[int, typer.Option(help="Chunks imagined and judged.")] = 16,
     long_horizon: Annotated[int, typer.Option(help="Chunks of the endurance test, 0 for none.")] = 100,
+    device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of the summary.")] = False,
 ) -> None:
     """Measure a world on held-out real episodes: nats, bits/dim, PSNR, SSIM, angle error, reward; JSON and plots."""
@@ -94,10 +95,9 @@ def evaluate(
     from worldmodel.training.evaluate import evaluate as run
     from worldmodel.training.evaluate import held_out_dataset, summary
     from worldmodel.training.measure import EvaluateConfig
-    from worldmodel.world import WorldModel
 
     config = EvaluateConfig(horizon=horizon, clips=clips, long_horizon=long_horizon)
-    model = WorldModel.load(world)
+    model = load(world, device)
     folder = out or Path("evaluation") / model.spec.name
     if data is None:
         writable(folder)  # before episodes are collected
@@ -127,6 +127,7 @@ def monitor(
         ),
     ] = None,
     videos: Annotated[int, typer.Option(help="Overlay videos, of the strangest episodes.")] = 4,
+    device: Device = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the JSON instead of a line an episode.")
     ] = False,
@@ -137,10 +138,9 @@ def monitor(
     calibrated on lossless episodes, so calibrate on normal videos of the same camera.
     """
     from agents.anomaly.recordings import default_out, monitor_source
-    from worldmodel.world import WorldModel
 
     folder = out or default_out(source)
-    numbers = monitor_source(WorldModel.load(world), source, calibration, folder, alpha, videos)
+    numbers = monitor_source(load(world, device), source, calibration, folder, alpha, videos)
     if as_json:
         print(json.dumps(numbers, indent=2))
     else:

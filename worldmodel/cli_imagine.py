@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worldmodel.cli_arguments import World
+from worldmodel.cli_arguments import Device, World, load
 
 if TYPE_CHECKING:
     from worldmodel.world import WorldModel
@@ -39,6 +39,7 @@ def rollout(
     prompt: Annotated[
         str | None, typer.Option(help="What to imagine, in a world that takes prompts.")
     ] = None,
+    device: Device = None,
 ) -> None:
     """Imagine a future under random actions or a prompt, write it as a video, and print its likelihood. Ctrl-C writes what
     is there.
@@ -51,10 +52,9 @@ def rollout(
     from envs.recorder import CODECS, write_video
     from worldmodel.condition.spaces import prompt_key
     from worldmodel.errors import InputError
-    from worldmodel.world import WorldModel
 
     _check_out(out, CODECS)
-    model = WorldModel.load(world)
+    model = load(world, device)
     frames: list[np.ndarray] = []
     given: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "context": context}
     sampling = replace(model.spec.sampling, **{k: v for k, v in given.items() if v is not None})
@@ -128,7 +128,7 @@ def generate(
         float | None, typer.Option(help="Scale of the noise; default: the world's.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Noise.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda; default: a GPU if there is one.")] = None,
+    device: Device = None,
     prompt_cache: Annotated[
         Path | None, typer.Option(help="A folder of encoded prompts: those in it need no text encoder.")
     ] = None,
@@ -142,20 +142,14 @@ def generate(
     A world of pictures (apple/starflow) makes one from text. Beside OUT lies OUT.json: what was asked, and for each chunk
     its log_prob (nats, of the noised latent), bits per dimension, Jacobi sweeps. Ctrl-C writes what is there.
     """
-    import torch
-
     from envs.recorder import CODECS, write_video
     from worldmodel.condition.prompts import frame_size_for
     from worldmodel.errors import InputError
     from worldmodel.files import write_json
     from worldmodel.media import PICTURES, read_clip, read_picture, write_picture
     from worldmodel.tasks import Brief, chunks_for, run
-    from worldmodel.world import WorldModel
 
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if where.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch finds no GPU here; leave it out, or give cpu")
-    model = WorldModel.load(world, where, prompt_cache)
+    model = load(world, device, prompt_cache)
     still = not model.spec.fps
     out = out or Path("picture.png" if still else "video.mp4")
     _check_out(out, PICTURES if still else CODECS)
@@ -206,13 +200,14 @@ def play(
     world: World = "pendulum",
     zoom: Annotated[float, typer.Option(help="Size of the window relative to the frame.")] = 6.0,
     seed: Annotated[int | None, typer.Option(min=0, help="Start and noise.")] = None,
+    device: Device = None,
 ) -> None:
     """Play in a world with the keyboard (arrow keys; close the window to stop)."""
     from gymnasium.utils.play import play as run
 
     from envs.world_env import WorldModelEnv
 
-    env = WorldModelEnv(world, step_mode="frame", render_mode="rgb_array", max_chunks=None)
+    env = WorldModelEnv(load(world, device), step_mode="frame", render_mode="rgb_array", max_chunks=None)
     run(env, zoom=zoom, seed=seed, noop=env.noop_action)
 
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from worldmodel.cli_arguments import Device, load
+
 DEFAULT_KEYS = Path("~/.config/worldmodel/keys")
 
 World = Annotated[
@@ -42,6 +44,7 @@ def serve(
         bool, typer.Option("--ray", help="Run replicas as Ray actors behind this address (extra: ray).")
     ] = False,
     replicas: Annotated[int, typer.Option(help="How many, with --ray; each takes a processor.")] = 2,
+    device: Device = None,
 ) -> None:
     """Host sessions of a world for many clients at once: `envs.RemoteEnv("tcp://...")`.
 
@@ -52,13 +55,14 @@ def serve(
     from envs.serving.sessions import Limits
     from envs.serving.world_backend import WorldBackend
     from worldmodel.errors import InputError
-    from worldmodel.world import WorldModel
 
     if not (0 < memory * 2**30 < math.inf and 0 < lease < math.inf):
         raise InputError(f"memory is {memory:g} and lease {lease:g}, expected finite numbers above 0")
+    if on_ray and device not in (None, "cpu"):
+        raise InputError("--ray runs its replicas on processors; leave --device out")
     store = None if keys is None else KeyStore(keys)
     limits = Limits(lease=lease, memory=int(memory * 2**30))
-    backend = _ray(world, replicas) if on_ray else WorldBackend(WorldModel.load(world))
+    backend = _ray(world, replicas) if on_ray else WorldBackend(load(world, device))
     server = WorldServer(backend, bind, keys=store, limits=limits, window=window / 1000, health=health)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.drain())

@@ -131,6 +131,10 @@ def spread(world: WorldModel, ranks: Ranks, guided: bool) -> None:
 def spread_by_torchrun(world: WorldModel, guided: bool) -> Iterator[bool]:
     """`spread` over the processes that torchrun started; yields whether this is the one that shows and writes."""
     with Ranks.joined() as ranks:
+        if world.device.type != ranks.device.type:
+            raise ConfigError(
+                f"the world is on {world.device.type} and torchrun's processes use {ranks.device.type}; leave --device out"
+            )
         spread(world, ranks, guided)
         yield ranks.first
         ranks.wait()

@@ -16,8 +16,8 @@ import torch
 from worldmodel.checkpoint import WorldSpec, empty_modules
 from worldmodel.codec.kl import KLCodecConfig
 from worldmodel.codec.wan import WanCodecConfig, cache_layouts
-from worldmodel.errors import CheckpointError
-from worldmodel.flow.flow import FlowConfig
+from worldmodel.errors import CheckpointError, InputError
+from worldmodel.flow.flow import ONE_BY_ONE, FlowConfig
 
 TEXT_ENCODER_PARAMETERS = {"google/flan-t5-xl": 1_223_527_424}
 """Parameters of the encoders of published models (24 layers of 48.2 M and the embedding)."""
@@ -205,6 +205,30 @@ def _main_memory() -> tuple[int, int]:
     page = os.sysconf("SC_PAGE_SIZE")
     total = page * os.sysconf("SC_PHYS_PAGES")
     return total, total
+
+
+def device_for(spec: WorldSpec, wanted: str | None = None) -> torch.device:
+    """Where a world goes: where it is ``wanted``, else on a GPU if there is one (the process's own under torchrun), but on
+    the CPU where frames are so short that its kernels make them token by token.
+
+    Raises:
+        InputError: no such device, or none of these here.
+    """
+    if wanted is None:
+        _, height, width = _latent_shape(spec)
+        short = height * width // spec.flow.patch_size**2 <= ONE_BY_ONE
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        wanted = "cuda" if torch.cuda.is_available() and not (short and alone) else "cpu"
+        wanted += f":{os.environ.get('LOCAL_RANK', 0)}" if wanted == "cuda" else ""
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise InputError(f"device is {wanted!r:.40}, expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device is {wanted!r}, and torch finds {torch.cuda.device_count()} GPUs here; give cpu"
+        )
+    return device
 
 
 def check_memory(spec: WorldSpec, device: torch.device | str) -> None:
