@@ -78,7 +78,7 @@ def by_batch(world: WorldModel, batches: Sequence[int], count: int) -> list[Row]
                 "chunks/s": rate,
                 "frames/s": rate * world.chunk_frames,
                 "x batch 1": rate / rows[0]["chunks/s"] if rows else 1.0,
-                "sweeps": float(np.mean([c.sweeps.double().mean() for c in chunks])),
+                "sweeps": float(np.mean([c.sweeps.double().mean().item() for c in chunks])),
             }
         )
     return rows

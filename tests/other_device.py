@@ -173,6 +173,19 @@ def training(device: torch.device, folder: Path) -> None:
     assert np.isfinite(numbers["likelihood"]["true"]["nats_per_chunk"]["value"])
 
 
+def benchmark(device: torch.device) -> None:
+    """What `worldmodel bench --device` measures."""
+    from benchmarks import long_runs, steps
+    from worldmodel import WorldModel
+
+    world = WorldModel.load("pendulum", device)
+    assert steps.by_batch(world, [1, 2], 1)[1]["chunks/s"] > 0
+    assert steps.by_stage(world, 1, 1, 1.0)
+    assert steps.planning(world, [1, 2], 1, 1, False)
+    assert steps.against_baseline(world, 2, 1)
+    assert long_runs.latency(world, 3)
+
+
 def commands(device: torch.device, folder: Path) -> None:
     """The command line takes ``--device``."""
     from worldmodel.cli import main
@@ -193,6 +206,7 @@ def main(folder: Path) -> None:
     verbs("pendulum", np.array([[1.0], [-2.0]], np.float32), device, folder)
     verbs("lunarlander", np.array([1, 2]), device, folder)
     halves(device)
+    benchmark(device)
     rest: tuple[Callable[[torch.device, Path], None], ...] = (environments, training, commands)
     for check in rest:
         check(device, folder)
