@@ -124,13 +124,9 @@ def against_peers(world: WorldModel, batches: Sequence[int], repeats: int) -> li
         state, _ = world.reset(list(range(batch)))
         for _ in range(3):
             state, _ = world.step(state, random_actions(world, batch))
-        calls: dict[str, Callable[[], Any]] = {
-            world.spec.name: partial(world.step, state, random_actions(world, batch))
-        }
-        frames, sizes = (
-            {world.spec.name: world.chunk_frames},
-            {world.spec.name: _parameters(world.flow, world.codec)},
-        )
+        name = world.spec.name
+        calls: dict[str, Callable[[], Any]] = {name: partial(world.step, state, random_actions(world, batch))}
+        frames, sizes = {name: world.chunk_frames}, {name: _parameters(world.flow, world.codec)}
         for name, (_, build) in PEERS.items():
             if name not in missing:
                 peer, actions = build(batch), torch.zeros(batch, ACTIONS, device=world.device)

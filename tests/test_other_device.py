@@ -41,8 +41,9 @@ def test_where_a_world_goes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert device_for(spec) == device_for(spec, "cpu") == torch.device("cpu")
         with pytest.raises(InputError, match="torch finds 0 GPUs here"):
             device_for(spec, "cuda")
-        with pytest.raises(InputError, match="expected cpu, cuda or cuda:N"):
-            device_for(spec, "gpu")
+        for wrong in ("gpu", "meta", "mps"):
+            with pytest.raises(InputError, match="expected cpu, cuda or cuda:N"):
+                device_for(spec, wrong)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert device_for(small) == torch.device("cpu")

@@ -222,6 +222,8 @@ def device_for(spec: WorldSpec, wanted: str | None = None) -> torch.device:
         wanted += f":{os.environ.get('LOCAL_RANK', 0)}" if wanted == "cuda" else ""
     try:
         device = torch.device(wanted)
+        if device.type != "cuda":
+            torch.zeros((), device=device).item()  # there may be others, but meta holds nothing
     except RuntimeError as error:
         raise InputError(f"device is {wanted!r:.40}, expected cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
