@@ -33,6 +33,7 @@ from envs.serving.worker import Finished, Job, Outcome
 
 SIZES = {"100 B": 100, "49 KB": 64 * 64 * 3 * 4, "4.79 MB": 480 * 832 * 3 * 4}
 CLIENTS = (1, 4, 16, 64)
+WARM = 100  # steps of every client, in which the server finds its pace
 
 
 class NullModel:
@@ -226,8 +227,7 @@ def throughput(url: str, world: str, clients: int, rounds: int, each: int) -> di
     batch.reset(seed=0)
     alone.reset(seed=0)
     actions, action = batch.action_space.sample(), alone.action_space.sample()
-    warm = 2
-    _remote_steps(remote, warm)
+    _remote_steps(remote, WARM)
     times: dict[str, list[float]] = {"served": [], "batch": [], "alone": []}
     for _ in range(rounds):
         times["batch"] += [sum(_seconds(lambda: batch.step(actions), each)) / (each * clients)]
@@ -264,7 +264,7 @@ def serving(
     steps = []
     with _process(_serve_world, world) as url:
         for count in tqdm(clients, desc="steps a second", unit="size"):
-            steps.append(throughput(url, world, count, rounds, max(8, 24 // count)))
+            steps.append(throughput(url, world, count, rounds, max(24, 256 // count)))
     return {"world": world, "round_trips": trips, "steps": steps}
 
 

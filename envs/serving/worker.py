@@ -1,6 +1,7 @@
 """The thread that a model runs in: it takes requests in rounds, and hands them to a backend.
 
-A round is what several clients ask for within a few milliseconds, so that one forward pass serves them all.
+A round is what several clients ask for within a few milliseconds, so that one forward pass serves them all; where
+two rounds that take turns serve them faster, half of them (see `envs.serving.pace`).
 What takes less time than handing it over does is run where it arrives, see `Worker.at_once`.
 """
 
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from envs.serving.mailbox import Mailbox
+from envs.serving.pace import Pace, Round
 from envs.serving.protocol import Request, ServingError
 
 MAX_SKIPPED = 64
@@ -42,6 +44,11 @@ class Job:
     made: tuple[bytes, ...] = ()
     expires: float = float("inf")
     cancelled: bool = False
+
+    @property
+    def who(self) -> bytes:
+        """The session it is for; one that is to make a session is alone."""
+        return self.request.session or self.request.id
 
     def refusal(self, now: float) -> ServingError | None:
         """Why it is not to begin, or go on, if it is not."""
@@ -99,8 +106,9 @@ class Worker(threading.Thread):
 
     Args:
         report: called in this thread with what is finished.
-        window: seconds that a round waits for the next of those who took part in the last one. Where they keep
-            coming, a round may wait longer in all, up to `PATIENCE` of what the last one took.
+        window: seconds that a round waits for the next of those whose turn it is: who took part in the last one or, in
+            halves, in the one before it. Where they keep coming, a round may wait longer in all, up to `PATIENCE`
+            of what the last one took.
         rows: the most jobs of a round.
     """
 
@@ -119,6 +127,9 @@ class Worker(threading.Thread):
         self._waiting: list[Job] = []
         self._stopping = False
         self._last = 0.0  # seconds of the last round
+        self._pace = Pace()
+        self._turn: set[bytes] = set()  # sessions that the next round waits for
+        self._others: set[bytes] = set()  # in halves: those of the last round, whom it does not wait for
         self._vain: dict[bytes, tuple[int, int]] = {}  # waits in vain in a row, rounds to do without waiting
         self._model = threading.Lock()
         self._quick: Counter[str] = (
@@ -146,17 +157,27 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """Rounds until `stop`."""
-        company: set[bytes] = set()
         while True:
-            self._gather(company)
+            began = time.perf_counter()
+            self._gather()
             if self._stopping:
                 return
-            jobs, refused = self._round()
-            company = {j.request.session for j in jobs if j.request.session and j.request.op == "step"}
+            here = {job.who for job in self._waiting}
+            population = len(here | self._others)
+            jobs, refused = self._round(
+                min(self._rows, -(-population // 2)) if self._pace.halves else self._rows
+            )
+            steps = {job.who for job in jobs if job.request.op == "step"}
+            idle = time.perf_counter() - began
             with self._model:
                 finished = self._run(jobs)
             if refused or finished:
                 self._report(refused + finished)
+            self._turn, self._others = steps, set()
+            if self._pace.halves:
+                self._turn, self._others = (here | self._others) - {job.who for job in jobs}, steps
+            if steps:
+                self._pace.took(Round(population, len(jobs), idle, self._last))
 
     def _run(self, jobs: list[Job]) -> list[Finished]:
         began = time.perf_counter()
@@ -176,14 +197,14 @@ class Worker(threading.Thread):
             self._quick[op] = self._quick[op] + (whole and quick) if quick else 0
         return finished
 
-    def _gather(self, company: set[bytes]) -> None:
-        """Wait for a first job, then for the rest of the last round's company."""
+    def _gather(self) -> None:
+        """Wait for a first job, then for the rest of those whose turn it is."""
         if not self._waiting and not self._backend.going_on:
             self._take(None)
         end = time.monotonic() + max(self._window, PATIENCE * self._last)
-        missing = self._expected(company)
+        missing = self._expected()
         while not self._stopping:
-            for session in missing.intersection(j.request.session for j in self._waiting):
+            for session in missing.intersection(job.who for job in self._waiting):
                 missing.discard(session)
                 self._vain.pop(session, None)
             left = min(self._window, end - time.monotonic())
@@ -193,12 +214,12 @@ class Worker(threading.Thread):
             strikes = self._vain.get(session, (0, 0))[0] + 1
             self._vain[session] = strikes, min(MAX_SKIPPED, 2**strikes)
 
-    def _expected(self, company: set[bytes]) -> set[bytes]:
+    def _expected(self) -> set[bytes]:
         """Those worth waiting for: who kept a round waiting in vain is not, for twice as many rounds each time."""
         if len(self._vain) > MAX_REMEMBERED:
             self._vain.clear()
         expected = set()
-        for session in company:
+        for session in self._turn:
             strikes, skip = self._vain.get(session, (0, 0))
             if skip:
                 self._vain[session] = strikes, skip - 1
@@ -216,8 +237,11 @@ class Worker(threading.Thread):
             self._waiting.append(job)
         return True
 
-    def _round(self) -> tuple[list[Job], list[Finished]]:
-        """The jobs of the next round, one a session, in the order they came; and those not to begin."""
+    def _round(self, rows: int) -> tuple[list[Job], list[Finished]]:
+        """The jobs of the next round, one a session, in the order they came, and those not to begin. Those of the other
+        half come only where nobody else does.
+        """
+        self._waiting.sort(key=lambda job: job.who in self._others)
         now = time.monotonic()
         jobs: list[Job] = []
         refused: list[Finished] = []
@@ -225,9 +249,12 @@ class Worker(threading.Thread):
         taken: set[bytes] = set()
         for job in self._waiting:
             session = job.request.session
+            full = len(jobs) >= rows or (
+                job.who in self._others and bool(jobs) and jobs[0].who not in self._others
+            )
             if refusal := job.refusal(now):
                 refused.append((job, refusal))
-            elif len(jobs) >= self._rows or (session is not None and session in taken):
+            elif full or (session is not None and session in taken):
                 later.append(job)
             else:
                 jobs.append(job)
