@@ -302,12 +302,13 @@ def planning(world: WorldModel, branches: Sequence[int], depth: int, repeats: in
     state, _, _ = walk(world, state, 6, "plan")
     before = torch.get_num_threads()
     ways = [(n, threads) for n in branches for threads in sorted({1, os.cpu_count() or 1})]
+    actions = {n: random_actions(world, n) for n in branches}
 
     def plan(n: int, threads: int) -> None:
         torch.set_num_threads(threads)
-        walk_on, action = state.fork(n), random_actions(world, n)
+        walk_on = state.fork(n)
         for _ in range(depth):
-            walk_on, _ = world.step(walk_on, action, decode=decode, action_gain=False)
+            walk_on, _ = world.step(walk_on, actions[n], decode=decode, action_gain=False)
 
     try:
         times = interleaved(
