@@ -120,27 +120,47 @@ def spec_of(world: str | Path | WorldModel) -> WorldSpec:
     return world.spec if isinstance(world, WorldModel) else read_spec(obtain(world))
 
 
-def load_world(world: str | Path | WorldModel, options: EnvOptions) -> WorldModel:
-    """The world with these options' sampler. Weights are read once a process and shared.
+def check_device(world: str | Path | WorldModel, device: str | None) -> str | None:
+    """Where a world's weights are to go, as it was given; None leaves it to `worldmodel.plan.device_for`.
+
+    Raises:
+        InputError: no such device, or a world whose weights are somewhere already.
+    """
+    from worldmodel import WorldModel
+    from worldmodel.plan import device_for
+
+    if device is not None:
+        if isinstance(world, WorldModel):
+            raise InputError(
+                f"device is {device!r}, but this world is on {world.device}; give its name or folder, or no device"
+            )
+        device_for(spec_of(world), device)
+    return device
+
+
+def load_world(world: str | Path | WorldModel, options: EnvOptions, device: str | None = None) -> WorldModel:
+    """The world with these options' sampler. Weights are read once a process and device, and shared.
 
     Raises:
         CheckpointError: a corrupt or truncated world directory.
     """
     from worldmodel import WorldModel
+    from worldmodel.plan import device_for
     from worldmodel.published import obtain
 
     if not isinstance(world, WorldModel):
         path = obtain(world).resolve()
-        world = _load_once(path, (path / "world.json").stat().st_mtime_ns)
+        place = str(device_for(spec_of(path), device))
+        world = _load_once(path, (path / "world.json").stat().st_mtime_ns, place)
     return world.with_sampling(options.sampling(world.spec.sampling))
 
 
 @lru_cache(maxsize=4)
-def _load_once(path: Path, written: int) -> WorldModel:
+def _load_once(path: Path, written: int, device: str) -> WorldModel:
     """``written`` is part of the key, so that a world that was trained again is read again."""
     from worldmodel import WorldModel
 
-    return WorldModel.load(path)
+    return WorldModel.load(path, device)
 
 
 def observation_space(spec: WorldSpec, options: EnvOptions) -> spaces.Box:

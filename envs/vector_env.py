@@ -21,6 +21,7 @@ from envs.options import (
     EnvOptions,
     Observation,
     StepMode,
+    check_device,
     check_reset_options,
     load_world,
     observation_space,
@@ -83,6 +84,7 @@ class WorldModelVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
         temperature: float | None = None,
         context: Literal["reencode", "rolling"] | None = None,
         render_mode: str | None = None,
+        device: str | None = None,
     ) -> None:
         self.num_envs = check_slots(num_envs, render_mode)
         self.options = EnvOptions(
@@ -90,7 +92,7 @@ class WorldModelVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
         )
         self.max_chunks = slot_horizons(max_chunks, num_envs)
         self.autoreset_mode = check_autoreset(autoreset_mode)
-        self._source = world
+        self._source, self._device = world, check_device(world, device)
         self._loaded: WorldModel | None = None
         world_spec = spec_of(world)
         self.single_action_space = copy.deepcopy(world_spec.action_space)
@@ -111,7 +113,7 @@ class WorldModelVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
     def world(self) -> WorldModel:
         """The world, with this environment's sampler; loads the weights if nobody has."""
         if self._loaded is None:
-            self._loaded = load_world(self._source, self.options)
+            self._loaded = load_world(self._source, self.options, self._device)
         return self._loaded
 
     @property

@@ -19,6 +19,7 @@ from envs.options import (
     Observation,
     StepMode,
     batch_of_one,
+    check_device,
     check_max_chunks,
     check_reset_options,
     keys_to_action,
@@ -64,6 +65,8 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
         termination_threshold: the episode terminates where the termination head's probability is above it.
         guidance, temperature, context: see `worldmodel.Sampling`; None for the world's own.
         render_mode: "rgb_array" the newest frame; "rgb_array_list" all since the last call; "human" a window.
+        device: "cpu", "cuda" or "cuda:N", for a world given by name or folder; None for a GPU if there is one, but the CPU
+            for worlds of small frames, as those that ship.
 
     Raises:
         InputError: an option that is not one of its choices. CheckpointError: no such world.
@@ -86,12 +89,13 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
         temperature: float | None = None,
         context: Literal["reencode", "rolling"] | None = None,
         render_mode: str | None = None,
+        device: str | None = None,
     ) -> None:
         self.options = EnvOptions(
             step_mode, observation, termination_threshold, guidance, temperature, context, render_mode
         )
         self.max_chunks = check_max_chunks(max_chunks)
-        self._source = world
+        self._source, self._device = world, check_device(world, device)
         self._loaded: WorldModel | None = None
         world_spec = spec_of(world)
         self.action_space = copy.deepcopy(world_spec.action_space)
@@ -108,7 +112,7 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
     def world(self) -> WorldModel:
         """The world, with this environment's sampler; loads the weights if nobody has."""
         if self._loaded is None:
-            self._loaded = load_world(self._source, self.options)
+            self._loaded = load_world(self._source, self.options, self._device)
         return self._loaded
 
     @property

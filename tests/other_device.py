@@ -131,14 +131,17 @@ def environments(device: torch.device, folder: Path) -> None:
     worlds = WorldModel.load("pendulum"), WorldModel.load("pendulum", device)
     seen: list[list[np.ndarray]] = [[], []]
     for kept, world in zip(seen, worlds, strict=True):
-        env = envs.WorldModelEnv(world)
+        env = envs.WorldModelEnv("pendulum", device=str(world.device))
+        assert env.world.device == world.device
         env.reset(seed=0)
         push = np.array([1.0], np.float32)
         env.step(push)
         env.snapshot().save(folder / "snapshot")
         env.restore(envs.Snapshot.load(folder / "snapshot", world.device))
         kept.append(env.step(push)[0])
-        batch = envs.WorldModelVectorEnv(world, num_envs=2)
+        kept.append(env.fork(2)[1].step(push)[0])
+        batch = envs.WorldModelVectorEnv("pendulum", num_envs=2, device=str(world.device))
+        assert batch.world.device == world.device
         batch.reset(seed=0)
         kept.append(batch.step(np.stack([push, push]))[0])
         state, _ = world.reset([0])

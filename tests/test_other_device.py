@@ -8,11 +8,14 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import gymnasium
 import pytest
 import torch
 
+import envs
 from worldmodel.checkpoint import find_world, read_spec
 from worldmodel.errors import ConfigError, InputError
 from worldmodel.parallel import spread_by_torchrun
@@ -54,6 +57,23 @@ def test_where_a_world_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert device_for(small) == device_for(large) == torch.device("cuda:1")  # where torchrun's process is
     assert device_for(small, "cpu") == torch.device("cpu")
+
+
+def test_where_an_environment_is_made() -> None:
+    """By its constructor, or Gymnasium's; a device that is not there is refused before anything is loaded."""
+    assert envs.WorldModelEnv("pendulum", device="cpu").world.device == torch.device("cpu")
+    for make in (
+        envs.WorldModelEnv,
+        envs.WorldModelVectorEnv,
+        partial(gymnasium.make, "worldmodel/Pendulum-v0"),
+        partial(
+            gymnasium.make_vec, "worldmodel/Pendulum-v0", num_envs=2, vectorization_mode="vector_entry_point"
+        ),
+    ):
+        with pytest.raises(InputError, match="torch finds 0 GPUs here"):
+            make(device="cuda")
+    with pytest.raises(InputError, match="this world is on cpu; give its name or folder, or no device"):
+        envs.WorldModelEnv(WorldModel.load("pendulum"), device="cpu")
 
 
 def test_a_world_that_is_not_where_the_processes_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,7 +218,7 @@ def device_for(spec: WorldSpec, wanted: str | None = None) -> torch.device:
         _, height, width = _latent_shape(spec)
         short = height * width // spec.flow.patch_size**2 <= ONE_BY_ONE
         alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-        wanted = "cuda" if torch.cuda.is_available() and not (short and alone) else "cpu"
+        wanted = "cuda" if not (short and alone) and torch.cuda.is_available() else "cpu"
         wanted += f":{os.environ.get('LOCAL_RANK', 0)}" if wanted == "cuda" else ""
     try:
         device = torch.device(wanted)
