@@ -67,10 +67,24 @@ def _share(text: str) -> tuple[str, float]:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe (pendulum, lunarlander), or a recipe file.")],
-    data: Annotated[Path | None, typer.Option(help="The episodes; default data/NAME.")] = None,
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of collected episodes, a recipe (pendulum, lunarlander), or a recipe file.",
+            metavar="DATA_OR_RECIPE",
+        ),
+    ],
+    data: Annotated[
+        Path | None, typer.Option(help="The episodes; default the folder that was given, else data/NAME.")
+    ] = None,
     run: Annotated[Path | None, typer.Option(help="Checkpoints and logs; default runs/NAME.")] = None,
     out: Annotated[Path | None, typer.Option(help="The world directory; default RUN/world.")] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="For codec and flow together; default the recipe's, for a folder 90. Heads take minutes more."
+        ),
+    ] = None,
     until: Annotated[str, typer.Option(help="Stop after this stage: codec, flow or heads.")] = "heads",
     print_recipe: Annotated[
         bool, typer.Option(help="Print the recipe as JSON and stop: a start for your own.")
@@ -82,9 +96,13 @@ def train(
     Several processes or GPUs: torchrun --nproc-per-node N -m -- worldmodel train RECIPE (FSDP2).
     """
     from worldmodel.files import config_to_dict
-    from worldmodel.training.recipes import load_recipe
+    from worldmodel.training.recipes import load_recipe, within
 
     chosen = load_recipe(recipe)
+    if minutes is not None:
+        chosen = within(chosen, minutes)
+    if data is None:
+        data = Path(recipe) if Path(recipe).is_dir() else Path("data") / chosen.name
     if print_recipe:
         print(json.dumps(config_to_dict(chosen), indent=2))
         return
@@ -94,7 +112,7 @@ def train(
     run = run or Path("runs") / chosen.name
     out = out or run / "world"
     with Ranks.joined() as ranks:
-        world = train_world(chosen, data or Path("data") / chosen.name, run, out, until, ranks)
+        world = train_world(chosen, data, run, out, until, ranks)
     if ranks.first:
         done = f"world written to {out}; look at it with: worldmodel info {out}"
         print(done if world else f"{until} done, in {run}")

@@ -1,12 +1,20 @@
-"""Recipes: everything from collecting to export of a world, as one configuration. The shipped worlds come from these."""
+"""Recipes: everything from collecting to export of a world, as one configuration. The shipped worlds come from these;
+for episodes of any other environment `general` makes one.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
-from worldmodel.errors import ConfigError
+import numpy as np
+
+from worldmodel.codec.conv import ConvCodecConfig
+from worldmodel.errors import ConfigError, DataError
 from worldmodel.files import config_from_dict, read_json
 from worldmodel.flow.flow import FlowConfig
 from worldmodel.heads import EyeConfig
@@ -15,9 +23,12 @@ from worldmodel.training.codec import CodecTraining, lunarlander_codec, pendulum
 from worldmodel.training.collect import CollectConfig, restless_pendulum
 from worldmodel.training.collect import lunarlander as lunarlander_collection
 from worldmodel.training.collect import pendulum as pendulum_collection
+from worldmodel.training.episodes import EpisodeDataset
 from worldmodel.training.flow import FlowTraining
 from worldmodel.training.heads import HeadsTraining
 from worldmodel.training.loop import LoopConfig
+
+Stage = TypeVar("Stage", CodecTraining, FlowTraining)
 
 
 @dataclass(frozen=True)
@@ -195,17 +206,95 @@ def lunarlander() -> Recipe:
     )
 
 
+def general(folder: Path) -> Recipe:
+    """A recipe for episodes of any environment, by their size and length; an hour and a half on 2 CPU cores.
+
+    A flow knows windows as long as it learned them, so a quarter of the episodes may be shorter than those, and no more.
+
+    Raises:
+        DataError: no collected episodes, or episodes of which it is not told how they were collected.
+        ConfigError: pictures whose size no codec has.
+    """
+    dataset = EpisodeDataset.open(folder)
+    if "env" not in dataset.collected:
+        raise DataError(
+            f"{folder}/dataset.json does not tell the environment; give a recipe (--print-recipe)"
+        )
+    collected = config_from_dict(
+        CollectConfig, dataset.collected | {"episodes": dataset.episodes}, f"{folder}/dataset.json"
+    )
+    window = int(np.clip(np.quantile(dataset.split("train").lengths, 0.25), 2, 16))
+    codec = CodecTraining(
+        ConvCodecConfig(*dataset.frame_size, frames=dataset.frame_skip, latent_channels=16),
+        LoopConfig(steps=30_000, minutes=25.0, lr=2e-3, warmup=100),
+        smoothness=0.3,
+        moving=1.0,
+        motion=0.5,
+    )
+    channels, *grid = codec.model.latent_shape
+    model = replace(
+        small_flow(channels, patch_size=1 if any(n % 2 for n in grid) else 2),
+        window=window,
+        context=window // 2,
+    )
+    flow = FlowTraining(
+        model,
+        LoopConfig(steps=30_000, minutes=30.0, lr=1.5e-3, warmup=300),
+        batch=32,
+        length=window,
+        noise_start=0.1,
+        motion=0.5,
+    )
+    again = replace(
+        flow,
+        loop=LoopConfig(steps=30_000, minutes=35.0, lr=1.2e-3, warmup=100, seed=1, optimizer="muon"),
+        noise_start=None,
+    )
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(folder).resolve().name)
+    return Recipe(name, collected, codec, flow, (Round(again),), sampling=Sampling(temperature=0.25))
+
+
+def within(recipe: Recipe, minutes: float) -> Recipe:
+    """The recipe with its stages that end by the clock shortened or lengthened, to ``minutes`` in all.
+
+    Raises:
+        ConfigError: not above 0, or a recipe of which no stage ends by the clock.
+    """
+    if not 0 < minutes < math.inf:
+        raise ConfigError(f"minutes is {minutes:g}, expected a number above 0")
+    stages = [stage for each in recipe.rounds for stage in (each.codec, each.flow) if stage is not None]
+    whole = sum(stage.loop.minutes or 0.0 for stage in stages)
+    if not whole:
+        raise ConfigError("no stage of this recipe ends by the clock; set loop.minutes in it")
+
+    def scaled(stage: Stage) -> Stage:
+        share = stage.loop.minutes
+        loop = replace(stage.loop, minutes=None if share is None else share * minutes / whole)
+        return replace(stage, loop=loop)
+
+    further = tuple(
+        replace(r, flow=scaled(r.flow), codec=None if r.codec is None else scaled(r.codec))
+        for r in recipe.further
+    )
+    return replace(recipe, codec=scaled(recipe.codec), flow=scaled(recipe.flow), further=further)
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {"pendulum": pendulum, "lunarlander": lunarlander}
 
 
 def load_recipe(name: str) -> Recipe:
-    """A recipe by name, or from a JSON file (``worldmodel train --print-recipe pendulum`` shows one).
+    """A recipe by name, from a JSON file (``worldmodel train --print-recipe pendulum`` shows one), or for a folder of
+    collected episodes, see `general`.
 
     Raises:
-        ConfigError: neither, or unknown keys in the file.
+        ConfigError: neither, or unknown keys in the file. DataError: a folder that holds no such episodes.
     """
     if name in RECIPES:
         return RECIPES[name]()
     if Path(name).is_file():
         return config_from_dict(Recipe, read_json(Path(name)), name)
-    raise ConfigError(f"no recipe {name!r}; give a JSON file or one of: {', '.join(RECIPES)}")
+    if Path(name).is_dir():
+        return general(Path(name))
+    raise ConfigError(
+        f"no recipe {name!r}; give a folder of collected episodes, a JSON file or one of: {', '.join(RECIPES)}"
+    )
