@@ -17,7 +17,7 @@ import torch
 from worldmodel.checkpoint import read_world
 from worldmodel.codec.conv import ConvCodecConfig
 from worldmodel.errors import CheckpointError, ConfigError, DataError
-from worldmodel.files import config_from_dict, config_to_dict, load_tensors
+from worldmodel.files import config_from_dict, load_tensors
 from worldmodel.flow.flow import FlowConfig
 from worldmodel.packed import narrow
 from worldmodel.training import provenance
@@ -32,7 +32,7 @@ from worldmodel.training.loop import LoopConfig
 from worldmodel.training.measure import EvaluateConfig, interval, psnr, r_squared, ssim
 from worldmodel.training.probes import pendulum_angle, pendulum_perturbed, pendulum_true_angle, wrap
 from worldmodel.training.provenance import trained_on
-from worldmodel.training.recipes import RECIPES, Recipe, Round, load_recipe
+from worldmodel.training.recipes import Recipe, Round
 from worldmodel.world import WorldModel
 
 FLOW = FlowConfig(
@@ -398,18 +398,6 @@ def test_noise_falls_from_its_start_to_the_models_own() -> None:
     assert [config.noise(p) for p in (0.0, 0.4, 0.6, 1.0)] == pytest.approx([0.1, 0.1, 0.05, 0.05])
     assert config.noise(0.5) == pytest.approx((0.1 * 0.05) ** 0.5)
     assert FlowTraining(FLOW, length=5).noise(0.0) == FLOW.noise_std
-
-
-def test_recipes_round_trip_and_refuse_unknown_keys(tmp_path: Path) -> None:
-    for name in RECIPES:
-        file = tmp_path / f"{name}.json"
-        file.write_text(json.dumps(config_to_dict(load_recipe(name))))
-        assert load_recipe(str(file)) == load_recipe(name)
-    file.write_text(json.dumps({**config_to_dict(load_recipe("pendulum")), "epochs": 3}))
-    with pytest.raises(ConfigError, match="epochs"):
-        load_recipe(str(file))
-    with pytest.raises(ConfigError, match="pendulum"):
-        load_recipe("nothing")
 
 
 def test_pendulum_probe_reads_the_simulator_to_a_third_of_a_degree(tmp_path: Path) -> None:
