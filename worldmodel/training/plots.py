@@ -68,6 +68,9 @@ def plot_report(report: Report, folder: Path) -> None:
     if axes[0, 2].lines:
         axes[0, 2].set_yscale("log")
         axes[0, 2].legend(fontsize=8)
+    else:  # no probe reads an angle from this world's pictures
+        axes[0, 2].set_axis_off()
+        axes[0, 2].set_title("")
     axes[0, 0].legend()
     names = {"true": "true action", "none": "no action", "wrong": "wrong action"}
     for axis, key, title in (
