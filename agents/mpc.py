@@ -88,17 +88,22 @@ class MPCAgent:
         nothing has happened since `reset`, or `observe` was called.
 
         Raises:
-            InputError: before `reset`, or frames before any action; and as `Planner.plan`.
+            InputError: before `reset`, or frames before any action; and as `Planner.plan`. Nothing has changed then.
         """
-        if frames is not None:
-            if self._action is None:
-                raise InputError(
-                    "no action has caused these frames; call act() first, or observe(frames, action)"
-                )
-            self.observe(frames, self._action)
-        state, seed = self._session(), self._draw()
-        tried = None if self.proposals is None else self.proposals(state, seed)
-        plan = self.planner.plan(self.world, state, self.objective, seed, self._warm, tried)
+        if frames is not None and self._action is None:
+            raise InputError(
+                "no action has caused these frames; call act() first, or observe(frames, action)"
+            )
+        before = self.state, self._warm, self._chunks
+        try:
+            if frames is not None:
+                self.observe(frames, self._action)
+            state, seed = self._session(), self._draw()
+            tried = None if self.proposals is None else self.proposals(state, seed)
+            plan = self.planner.plan(self.world, state, self.objective, seed, self._warm, tried)
+        except BaseException:  # Ctrl-C too: the frames are to be given again
+            self.state, self._warm, self._chunks = before
+            raise
         self.last_plan, self._action = plan, take(plan.actions, 0)
         return self._action
 

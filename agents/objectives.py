@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -276,7 +276,10 @@ class GoalLikelihood(Objective):
             return torch.zeros(rows)
         same = moment.before.reseed([0] * rows)
         goal = np.repeat(np.asarray(self.frames)[None], rows, axis=0)
-        chunk = moment.world.observe(same, goal, moment.actions)[1]
+        world = moment.world
+        # guided, the noise would be that of another density
+        plain = replace(world.spec.sampling, guidance=0.0)
+        chunk = world.observe(same, goal, moment.actions, plain)[1]
         square = chunk.noise.double().square().flatten(1)
         tempered = (1.0 - self.temperature**-2) / 2.0 * square.sum(1) - square.shape[1] * math.log(
             self.temperature

@@ -157,6 +157,15 @@ def test_a_warmer_goal_likelihood_is_a_density_too_and_flatter(
         GoalLikelihood(goal, temperature=0.0)
 
 
+def test_a_goal_is_as_likely_under_guidance(world: WorldModel, moments: list[Moment]) -> None:
+    """Guidance changes what is imagined, not what the world thinks of a picture."""
+    last, goal = moments[-1], world.starts["frames"][1, 1]
+    guided = replace(last, world=world.with_sampling(replace(world.spec.sampling, guidance=2.0)))
+    for temperature in (1.0, 3.0):
+        value = GoalLikelihood(goal, temperature=temperature).value
+        torch.testing.assert_close(value(guided), value(last))
+
+
 def test_a_still_picture_is_a_goal(world: WorldModel) -> None:
     picture = world.starts["frames"][0, 0, 0]
     goal = GoalLikelihood.to_picture(world, picture, weight=0.5)

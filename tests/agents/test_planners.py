@@ -189,6 +189,29 @@ def test_the_agent_observes_reality(world: WorldModel) -> None:
     torch.testing.assert_close(agent.state.latent, state.latent, rtol=0, atol=0)
 
 
+def test_an_agent_whose_plan_fails_has_observed_nothing(world: WorldModel) -> None:
+    """The frames are given again, and count once."""
+    good = True
+
+    def sometimes(moment: Moment) -> torch.Tensor:
+        value = to_target(moment)
+        return value if good else value * float("nan")
+
+    agent = MPCAgent(world, Planner(SMALL), sometimes)
+    clip = world.starts["frames"][0, 0]
+    agent.reset(clip)
+    agent.act()
+    before, good = agent.state, False
+    for _ in range(2):
+        with pytest.raises(InputError):
+            agent.act(clip)
+        assert agent.state is before
+    good = True
+    agent.act(clip)
+    assert agent.state is not None and before is not None
+    assert int(agent.state.steps[0]) == int(before.steps[0]) + 1
+
+
 def test_the_agent_begins_with_the_last_plan(world: WorldModel) -> None:
     """The first candidate of a plan is the mean of the plan before, one chunk on; none after a reset."""
     firsts: list[float] = []
