@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from gymnasium import spaces
 
+from worldmodel.condition.spaces import pack_actions, prompts_of
 from worldmodel.errors import InputError
 from worldmodel.sampling import Sampling
 
@@ -183,6 +184,18 @@ def batch_of_one(space: spaces.Space[Any], action: Any) -> Any:
     if action is None:
         raise InputError(f"action is None, expected one of {space}")
     return _lift(action)
+
+
+def check_actions(world: WorldModel, actions: Any, rows: int) -> None:
+    """Check a batch of ``rows`` actions as `WorldModel.step` does.
+
+    Raises:
+        InputError: wrong shape, type or range.
+    """
+    space = world.spec.action_space
+    prompts_of(space, actions, rows)
+    if world.actions is not None:
+        pack_actions(space, actions, rows)
 
 
 def _lift(action: Any) -> Any:

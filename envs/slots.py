@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,12 +56,17 @@ def slot_seeds(seed: int | Sequence[int | None] | None, slots: int) -> list[int 
     """The seed of every slot: ``seed + i``, or one for each.
 
     Raises:
-        InputError: another number of them.
+        InputError: another number of them, or one that is no integer.
     """
     if seed is None:
         return [None] * slots
-    seeds: list[int | None] = []
-    seeds += [seed + b for b in range(slots)] if isinstance(seed, int) else seed
+    try:
+        if isinstance(seed, Sequence | np.ndarray):
+            seeds = [None if each is None else operator.index(each) for each in seed]
+        else:
+            seeds = [operator.index(seed) + b for b in range(slots)]
+    except TypeError as error:
+        raise InputError(f"seed is {seed!r:.80}, expected an integer, or one for each slot") from error
     if len(seeds) != slots:
         raise InputError(f"{len(seeds)} seeds for {slots} slots; give one for each, or one integer")
     return seeds

@@ -103,6 +103,15 @@ def check_snapshot(world: WorldModel, snapshot: Any, options: EnvOptions) -> Non
         raise InputError(f"snapshot is a {type(snapshot).__name__}, expected what env.snapshot() returned")
     if snapshot.world != world.fingerprint:
         raise InputError("the snapshot belongs to another world; restore it in the world that made it")
+    chunk, turn = snapshot.chunk, snapshot.turn
+    parts = [value for field in fields(Chunk) if (value := getattr(chunk, field.name)) is not None]
+    pixels, latent = tuple(turn.frames.shape[1:]), (1, *world.latent_shape)
+    fits = pixels == (*world.spec.frame_size, 3) and all(len(part) == 1 for part in parts)
+    fits = fits and tuple(chunk.latent.shape) == latent and chunk.frames[0].shape == turn.frames.shape
+    if snapshot.state.rows != 1 or not fits or world.misfits(snapshot.state):
+        raise InputError(
+            "the snapshot is not of frames of this world's size; restore it in the world that made it"
+        )
     if options.step_mode == "chunk" and not snapshot.turn.over:
         raise InputError('the snapshot was taken inside a chunk; restore it with step_mode="frame"')
 

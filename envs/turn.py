@@ -137,10 +137,15 @@ def session_seed(rng: np.random.Generator) -> int:
     return int(rng.integers(2**62))
 
 
-def jumped(rng: np.random.Generator, steps: int) -> Any:
-    """The state of ``rng``, far ahead for another child; 0 is the stream itself."""
-    bits: Any = copy.deepcopy(rng).bit_generator
-    return bits.jumped(steps).state if steps else bits.state
+def child_stream(rng: np.random.Generator, state: WorldState, child: int) -> Any:
+    """The state of the random stream of a forked environment, whose session ``state`` (B = 1) is: child 0 has its parent's,
+    others one of their own branch and step.
+    """
+    parent: Any = copy.deepcopy(rng.bit_generator.state)
+    if not child:
+        return parent
+    own = [*parent["state"].values(), int(state.branches[0]), int(state.steps[0])]
+    return np.random.PCG64(np.random.SeedSequence(own)).state
 
 
 class Start(NamedTuple):

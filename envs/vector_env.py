@@ -21,6 +21,7 @@ from envs.options import (
     EnvOptions,
     Observation,
     StepMode,
+    check_actions,
     check_device,
     check_reset_options,
     load_world,
@@ -48,6 +49,7 @@ from envs.turn import (
 )
 from worldmodel import Chunk, WorldModel, WorldState
 
+_Session = tuple[WorldState, list[Turn], Chunk]
 VectorStep = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]
 
 
@@ -106,7 +108,7 @@ class WorldModelVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
             "autoreset_mode": self.autoreset_mode,
         }
         self._rngs: list[np.random.Generator | None] = [None] * num_envs
-        self._session: tuple[WorldState, list[Turn], Chunk] | None = None
+        self._session: _Session | None = None
         self._unrendered: list[list[np.ndarray]] = [[] for _ in range(num_envs)]
 
     @property
@@ -144,7 +146,8 @@ class WorldModelVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
         seeds = slot_seeds(seed, self.num_envs)
         if len(rows) < self.num_envs:
             self._current()
-        self._reset_rows(rows, seeds, source)
+        session, rngs = self._begun(self._session, rows, seeds, source)
+        self._enter(session, rngs)
         self._keep(rows)
         infos: dict[str, Any] = {}
         for row in rows:
@@ -166,6 +169,9 @@ class WorldModelVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
         fresh = [b for b, turn in enumerate(before) if turn.over and b not in resetting]
         after = [turn if turn.over else turn.next_frame() for turn in before]
         chosen = slot_actions(self.single_action_space, actions, self.num_envs)
+        waiting = [b for b in range(self.num_envs) if b not in fresh and b not in resetting]
+        if waiting:
+            check_actions(self.world, pick(chosen, waiting), len(waiting))
         if fresh:
             every = len(fresh) == self.num_envs
             stepped, new = self.world.step(
@@ -176,10 +182,18 @@ class WorldModelVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
             for b, turn in zip(fresh, made, strict=True):
                 after[b] = turn
             state, chunk = replace_rows(state, chunk, fresh, stepped, new)
-        self._session = state, after, chunk
+        none: list[int | None] = [None] * self.num_envs
+        session: _Session = (state, after, chunk)
+        rngs: dict[int, np.random.Generator] = {}
         if resetting:
-            self._reset_rows(resetting, [None] * self.num_envs, {})
-        return self._outcome()
+            session, rngs = self._begun(session, resetting, none, {})
+        stepped_to = session[1]
+        done: list[int] = []
+        if self.autoreset_mode == AutoresetMode.SAME_STEP:
+            done = [b for b, turn in enumerate(stepped_to) if any(turn.verdict(self.options)[1:])]
+            if done:
+                session, rngs = self._begun(session, done, none, {})
+        return self._outcome(stepped_to, done, session, rngs)
 
     def render(self) -> tuple[Any, ...] | None:
         """Each slot's newest frame, or its list of frames since the last call; see ``render_mode``."""
@@ -191,7 +205,7 @@ class WorldModelVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
         return None
 
     # ---- parts ----------------------------------------------------------------------------------------
-    def _current(self) -> tuple[WorldState, list[Turn], Chunk]:
+    def _current(self) -> _Session:
         if self._session is None:
             raise ResetNeeded("call reset() of the vector environment first")
         return self._session
@@ -203,30 +217,34 @@ class WorldModelVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
     def _observations(self) -> np.ndarray:
         return np.stack([turn.observation(self.options) for turn in self._turns])
 
-    def _outcome(self) -> VectorStep:
-        """What `step` returns, after the resets of SAME_STEP."""
-        outcomes = [turn.outcome(self.options) for turn in self._turns]
-        rewards = np.array([o[1] for o in outcomes], dtype=np.float64)
-        terminated = np.array([o[2] for o in outcomes], dtype=np.bool_)
-        truncated = np.array([o[3] for o in outcomes], dtype=np.bool_)
+    def _outcome(
+        self,
+        reached: Sequence[Turn],
+        done: Sequence[int],
+        session: _Session,
+        rngs: Mapping[int, np.random.Generator],
+    ) -> VectorStep:
+        """What `step` returns: the turns that were reached; slots ``done`` have begun anew since then (SAME_STEP)."""
+        outcomes = [turn.outcome(self.options) for turn in reached]
+        self._enter(session, rngs)
         self._keep(range(self.num_envs))
         infos: dict[str, Any] = {}
-        done = [int(b) for b in np.flatnonzero(terminated | truncated)]
-        if done and self.autoreset_mode == AutoresetMode.SAME_STEP:
-            self._reset_rows(done, [None] * self.num_envs, {})
-            self._keep(done)
-        else:
-            done = []
         for b, turn in enumerate(self._turns):
             if b in done:
                 infos = self._add_info(infos, {"final_obs": outcomes[b][0], "final_info": outcomes[b][4]}, b)
             infos = self._add_info(infos, turn.info, b)
+        rewards = np.array([o[1] for o in outcomes], dtype=np.float64)
+        terminated, truncated = (np.array([o[k] for o in outcomes], dtype=np.bool_) for k in (2, 3))
         return self._observations(), rewards, terminated, truncated, infos
 
-    def _reset_rows(
-        self, rows: Sequence[int], seeds: Sequence[int | None], source: Mapping[str, Any]
-    ) -> None:
-        """Begin new sessions in the given slots; nothing changes if a start does not fit."""
+    def _begun(
+        self,
+        session: _Session | None,
+        rows: Sequence[int],
+        seeds: Sequence[int | None],
+        source: Mapping[str, Any],
+    ) -> tuple[_Session, dict[int, np.random.Generator]]:
+        """``session`` with new episodes in the given slots, and their random streams; nothing changes here."""
         rngs = [self._stream(b, seeds[b]) for b in rows]
         if "snapshot" in source:
             parts = [
@@ -242,17 +260,20 @@ class WorldModelVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
             starts = [choose_start(self.world, source, rng) for rng in rngs]
             state, chunk = begin(self.world, starts, [session_seed(rng) for rng in rngs])
             made = turns(chunk, [0] * len(rows), [self.max_chunks[b] for b in rows], self.options)
-        if len(rows) < self.num_envs:
-            old_state, old_turns, old_chunk = self._current()
-            state, chunk = replace_rows(old_state, old_chunk, rows, state, chunk)
-            kept = list(old_turns)
+        if session is not None and len(rows) < self.num_envs:
+            state, chunk = replace_rows(session[0], session[2], rows, state, chunk)
+            kept = list(session[1])
             for b, turn in zip(rows, made, strict=True):
                 kept[b] = turn
             made = kept
-        for b, rng in zip(rows, rngs, strict=True):
+        return (state, made, chunk), dict(zip(rows, rngs, strict=True))
+
+    def _enter(self, session: _Session, rngs: Mapping[int, np.random.Generator]) -> None:
+        """Make this the session; slots with new random streams have begun anew."""
+        self._session = session
+        for b, rng in rngs.items():
             self._rngs[b] = rng
             self._unrendered[b].clear()
-        self._session = state, made, chunk
 
     def _stream(self, row: int, seed: int | None) -> np.random.Generator:
         """A copy of the slot's random stream, or the stream of a seed."""

@@ -19,6 +19,7 @@ from envs.options import (
     Observation,
     StepMode,
     batch_of_one,
+    check_actions,
     check_device,
     check_max_chunks,
     check_reset_options,
@@ -34,8 +35,8 @@ from envs.turn import (
     Turn,
     at_chunk,
     begin,
+    child_stream,
     choose_start,
-    jumped,
     real_chunk,
     session_seed,
     turns,
@@ -51,8 +52,8 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
 
     Observation: ``step_mode="chunk"`` (F, height, width, 3) uint8, one chunk a step; ``"frame"`` (height,
     width, 3) uint8, one frame a step. Frame by frame, the action at a chunk's first frame holds for all F
-    of it and those given at its later frames are ignored; the chunk's reward is split evenly and its flags
-    come with its last frame. ``observation="latent"`` (chunk mode): (C, h, w) float32.
+    of it and those given at its later frames are checked and have no effect; the chunk's reward is split
+    evenly and its flags come with its last frame. ``observation="latent"`` (chunk mode): (C, h, w) float32.
 
     ``info`` has finite Python numbers only, the same keys at reset and at every step: log_prob (nats of the
     chunk), bits_per_dim, action_gain (nats), sweeps, residual, context_frames, chunk (chunks since reset).
@@ -169,10 +170,12 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
             InputError: an action of the wrong shape, type or range; nothing has changed then. ResetNeeded.
         """
         state, turn, chunk = self._current()
+        lifted = batch_of_one(self.action_space, action)
         if turn.over:
-            state, chunk = self.world.step(state, batch_of_one(self.action_space, action))
+            state, chunk = self.world.step(state, lifted)
             turn = turns(chunk, [int(turn.info["chunk"]) + 1], [self.max_chunks], self.options)[0]
         else:
+            check_actions(self.world, lifted, 1)
             turn = turn.next_frame()
         self._enter((state, turn, chunk))
         return turn.outcome(self.options)
@@ -251,8 +254,9 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
                 render_mode=None if self.render_mode == "human" else self.render_mode,
             )
             child._loaded = self.world
-            child.np_random.bit_generator.state = jumped(self.np_random, i)
-            child._session = states.select([i]), turn, chunk
+            alone = states.select([i])
+            child.np_random.bit_generator.state = child_stream(self.np_random, alone, i)
+            child._session = alone, turn, chunk
             children.append(child)
         return children
 
@@ -292,7 +296,10 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
         """
         state, lifted = self.state, batch_of_one(self.action_space, actions)
         chunks = []
-        for t in range(_horizon(lifted)):
+        horizon = _horizon(lifted)
+        if horizon < 1:
+            raise InputError("imagine takes a sequence of actions, with chunks on the first axis")
+        for t in range(horizon):
             state, chunk = self.world.step(state, at_chunk(lifted, t))
             chunks.append(chunk)
         return chunks
@@ -318,6 +325,4 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
 def _horizon(actions: Any) -> int:
     if isinstance(actions, Mapping):
         return min(_horizon(value) for value in actions.values())
-    if actions.ndim < 2:
-        raise InputError("imagine takes a sequence of actions, with chunks on the first axis")
-    return actions.shape[1]
+    return actions.shape[1] if actions.ndim > 1 else 0

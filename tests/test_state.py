@@ -287,6 +287,20 @@ def test_states_of_the_wrong_shape(world: WorldModel, saved: Path, key: str) -> 
     one_line(lambda: world.load_state(saved), "not a saved world state")
 
 
+def test_states_of_other_numbers_than_this_worlds(world: WorldModel, saved: Path) -> None:
+    """A grid with as many tokens would only move them, other dtypes end in a product, and noise counts from 0."""
+    data = saved.read_bytes()
+    for change, why in (
+        (lambda t, h: h.update(grid=h["grid"][::-1] if h["grid"][0] != h["grid"][1] else [1, 4]), "grid"),
+        (lambda t, h: t.update(latent=t["latent"].double()), "latent"),
+        (lambda t, h: t.update(seeds=t["seeds"].float()), "seeds"),
+        (lambda t, h: t.update(steps=-t["steps"] - 1), "below 0"),
+    ):
+        saved.write_bytes(data)
+        rewrite(saved, change)
+        one_line(lambda: world.load_state(saved), why)
+
+
 # ---- a full disk -------------------------------------------------------------------------------------------
 SAVE = """
 import sys

@@ -199,9 +199,9 @@ class WorldState:
         }
         return {k: v for k, v in named.items() if v is not None}
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """What a row of each tensor looks like, the K/V apart."""
-        return {name: tuple(tensor.shape[1:]) for name, tensor in self._tensors().items()}
+    def kinds(self) -> dict[str, tuple[object, ...]]:
+        """Shape of a row and dtype of each tensor, the K/V apart."""
+        return {name: (*tensor.shape[1:], tensor.dtype) for name, tensor in self._tensors().items()}
 
     def _check(self) -> None:
         """Raises ValueError where parts do not fit each other, as in a file that was tampered with."""
@@ -209,6 +209,9 @@ class WorldState:
         for name, tensor in self._tensors().items():
             if len(tensor) != self.rows or 0 in tensor.shape[1:]:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
+        for name in ("seeds", "branches", "forks", "steps"):
+            if (self._tensors()[name] < 0).any():
+                raise ValueError(f"{name} below 0")
         if c.u.shape[2:] != self.noisy.shape[2:]:
             raise ValueError("u and noisy differ in shape")
         if (c.text is None) != (self.prompts is None) or (c.uncond is None) != (c.uncond_text is None):

@@ -376,12 +376,16 @@ class WorldModel(WorldParts):
             CheckpointError: corrupt, or of another world, also where only its configuration differs.
         """
         state = WorldState.load(path, self.fingerprint, self.device)
-        found = state.shapes()
-        expected = self.initial_state([0]).shapes()
-        expected.pop("uncond_text", None)  # sessions may do without
-        if misfits := [k for k, v in expected.items() if found.get(k) != v]:
+        if misfits := self.misfits(state):
             raise CheckpointError(f"{path}: does not fit this world's configuration ({', '.join(misfits)})")
         return self.adopt(state)
+
+    def misfits(self, state: WorldState) -> list[str]:
+        """What of a state this world cannot go on from, as where frames are of another size or a file was tampered with."""
+        found, expected = state.kinds(), self.initial_state([0]).kinds()
+        expected.pop("uncond_text", None)  # sessions may do without
+        wrong = [name for name, kind in expected.items() if found.get(name) != kind]
+        return wrong + ["grid"] * (state.context.grid != self.grid)
 
     # ---- parts ----------------------------------------------------------------------------------------------------------
     def _action(self, action: Any, rows: int) -> tuple[Tensor, Tensor | None]:

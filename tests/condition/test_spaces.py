@@ -22,6 +22,7 @@ SPACES: dict[str, spaces.Space[Any]] = {
     "discrete": spaces.Discrete(5),
     "discrete with a start": spaces.Discrete(3, start=-7),
     "multidiscrete": spaces.MultiDiscrete([3, 2, 4]),
+    "multidiscrete with a start": spaces.MultiDiscrete([3, 2], start=[1, -4]),
     "multidiscrete 2-d": spaces.MultiDiscrete([[3, 2], [4, 2]]),
     "box": BOX,
     "box float64": spaces.Box(-0.1, 1 / 3, (2, 3), np.float64),

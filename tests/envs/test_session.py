@@ -13,7 +13,7 @@ from gymnasium import spaces
 from gymnasium.utils.env_match import check_environments_match
 
 import envs
-from tests.toy import write_toy
+from tests.toy import write_toy, write_wan_toy
 from worldmodel import CheckpointError, Chunk, DataError, InputError, WorldModel, WorldModelError
 from worldmodel.condition.spaces import space_to_json
 from worldmodel.files import load_metadata, load_tensors, save_tensors, write_json
@@ -177,6 +177,62 @@ def test_snapshots_with_parts_that_do_not_fit(toy: WorldModel, tmp_path: Path) -
         save_tensors(tmp_path / "wrong", {**tensors, **others}, told)
         with pytest.raises(CheckpointError, match="not a saved snapshot"):
             envs.Snapshot.load(tmp_path / "wrong")
+
+
+def test_snapshots_of_frames_of_another_size(tmp_path: Path) -> None:
+    """The same weights, and other frames."""
+    world = WorldModel.load(write_wan_toy(tmp_path / "world"))
+    one, other = envs.WorldModelEnv(world), envs.WorldModelEnv(world.at((16, 48)))
+    one.reset(seed=0, options={"image": np.zeros((32, 32, 3), np.uint8)})
+    other.reset(seed=0, options={"image": np.zeros((16, 48, 3), np.uint8)})
+    moment, before = one.snapshot(), other.state
+    for refused in (other.restore, lambda m: other.reset(options={"snapshot": m})):
+        with pytest.raises(InputError, match="not of frames of this world's size"):
+            refused(moment)
+        assert other.state is before
+    one.restore(moment)
+
+
+def test_snapshots_whose_state_does_not_fit(toy: WorldModel, tmp_path: Path) -> None:
+    env = envs.WorldModelEnv(toy)
+    env.reset(seed=0)
+    env.snapshot().save(tmp_path / "moment")
+    tensors, metadata = load_tensors(tmp_path / "moment"), load_metadata(tmp_path / "moment")
+    for name in ("latent", "chunk.latent"):
+        half = {name: tensors[name][..., :1].contiguous()}
+        save_tensors(tmp_path / "wrong", {**tensors, **half}, metadata)
+        with pytest.raises(InputError, match="not of frames of this world's size"):
+            env.restore(envs.Snapshot.load(tmp_path / "wrong"))
+    many = {"chunk.frames": tensors["chunk.frames"].repeat(32, 1, 1, 1, 1)}
+    save_tensors(tmp_path / "wrong", {**tensors, **many}, metadata)
+    with pytest.raises(InputError, match="not of frames of this world's size"):
+        env.restore(envs.Snapshot.load(tmp_path / "wrong"))
+
+
+def test_forks_have_random_streams_of_their_own(toy: WorldModel) -> None:
+    """Children, their children, and children of another moment begin different episodes; child 0 as its parent would."""
+    env = envs.WorldModelEnv(toy)
+    env.reset(seed=0)
+    children = env.fork(3)
+    grandchildren = [grandchild for child in children for grandchild in child.fork(3)[1:]]
+    twins = env.fork(3)
+    play(env, 1)
+    later = env.fork(3)[1:]
+
+    def begins(one: envs.WorldModelEnv) -> int:
+        return int(one.np_random.integers(2**62))
+
+    assert [begins(c) for c in twins] == [begins(c) for c in env.fork(1) + children[1:]]
+    drawn = [begins(c) for c in [*twins, *grandchildren, *later]]
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_no_actions_are_no_plan(toy: WorldModel) -> None:
+    env = envs.WorldModelEnv(toy)
+    env.reset(seed=0)
+    for none in (np.zeros((0, 1), np.float32), np.zeros((), np.float32)):
+        with pytest.raises(InputError, match="imagine takes a sequence"):
+            env.imagine(none)
 
 
 def test_info_is_plain_numbers(toy: WorldModel) -> None:

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import envs
-from tests.toy import write_toy
+from tests.toy import write_toy, write_wan_toy
 from worldmodel import InputError, WorldModel
 
 HORIZONS = [2, 3, 5]
@@ -191,6 +191,50 @@ def test_bad_actions_change_nothing(toy: WorldModel, actions: Any, message: str)
         env.step(actions)
     assert "\n" not in str(caught.value)
     assert env.state is before
+
+
+def test_bad_actions_inside_a_chunk_change_nothing(toy: WorldModel) -> None:
+    env, single = (
+        envs.WorldModelVectorEnv(toy, 2, step_mode="frame", termination_threshold=2.0),
+        envs.WorldModelEnv(toy, step_mode="frame", termination_threshold=2.0),
+    )
+    env.reset(seed=0), single.reset(seed=0)
+    for frame in range(6):
+        for wrong in (9.0, np.nan):
+            with pytest.raises(InputError, match="row 1"):
+                env.step(np.array([[0], [wrong]], np.float32))
+            with pytest.raises(InputError):
+                single.step(np.array([wrong], np.float32))
+        np.testing.assert_array_equal(
+            env.step(np.zeros((2, 1), np.float32))[0][0], single.step(np.zeros(1, np.float32))[0], str(frame)
+        )
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP], ids=lambda m: m.name)
+def test_a_reset_that_fails_changes_no_slot(tmp_path: Path, mode: AutoresetMode) -> None:
+    """A world without a bank cannot begin again by itself; the other slot is where it was, as often as one tries."""
+    world = WorldModel.load(write_wan_toy(tmp_path / "world"))
+    env = envs.WorldModelVectorEnv(world, 2, max_chunks=[2, 9], autoreset_mode=mode)
+    env.reset(seed=0, options={"image": np.zeros((*world.spec.frame_size, 3), np.uint8)})
+    actions = np.zeros((2, 1), np.float32)
+    for _ in range(2 if mode == AutoresetMode.NEXT_STEP else 1):
+        env.step(actions)
+    before = env.state
+    for _ in range(2):
+        with pytest.raises(InputError):
+            env.step(actions)
+        assert env.state is before
+
+
+@pytest.mark.parametrize(
+    "seed", [np.int64(3), [3, 4], (3, 4), np.array([3, 4])], ids=lambda s: type(s).__name__
+)
+def test_seeds_of_all_kinds(toy: WorldModel, seed: Any) -> None:
+    env, other = envs.WorldModelVectorEnv(toy, 2), envs.WorldModelVectorEnv(toy, 2)
+    np.testing.assert_array_equal(env.reset(seed=seed)[0], other.reset(seed=3)[0])
+    for wrong in (np.array([1, 2, 3]), [1.5, 2], "ab", 1.5):
+        with pytest.raises(InputError, match="seed"):
+            env.reset(seed=wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,11 @@ def space_to_json(space: spaces.Space[Any]) -> dict[str, Any]:
     if isinstance(space, spaces.Discrete):
         return {"kind": "Discrete", "n": int(space.n), "start": int(space.start)}
     if isinstance(space, spaces.MultiDiscrete):
-        return {"kind": "MultiDiscrete", "nvec": np.asarray(space.nvec).tolist()}
+        return {
+            "kind": "MultiDiscrete",
+            "nvec": np.asarray(space.nvec).tolist(),
+            **({"start": np.asarray(space.start).tolist()} if np.any(space.start) else {}),
+        }
     if isinstance(space, spaces.Box):
         bounds = {name: [str(float(x)) for x in getattr(space, name).flat] for name in ("low", "high")}
         return {"kind": "Box", "shape": list(space.shape), "dtype": str(space.dtype), **bounds}
@@ -48,7 +52,8 @@ def space_from_json(data: Mapping[str, Any]) -> spaces.Space[Any]:
         if kind == "Discrete":
             return spaces.Discrete(int(data["n"]), start=int(data.get("start", 0)))
         if kind == "MultiDiscrete":
-            return spaces.MultiDiscrete(np.asarray(data["nvec"], dtype=np.int64))
+            nvec = np.asarray(data["nvec"], dtype=np.int64)
+            return spaces.MultiDiscrete(nvec, start=np.asarray(data.get("start", 0 * nvec), dtype=np.int64))
         if kind == "Box":
             if data["dtype"] not in _DTYPES:
                 raise ConfigError(f"Box dtype {data['dtype']!r} is not one of {', '.join(_DTYPES)}")
@@ -149,7 +154,7 @@ def pack_actions(space: spaces.Space[Any], actions: Any, rows: int) -> np.ndarra
     if isinstance(space, spaces.Discrete):
         return _one_hot(array.astype(np.int64) - int(space.start), int(space.n), space)
     if isinstance(space, spaces.MultiDiscrete):
-        columns = array.reshape(rows, -1).astype(np.int64)
+        columns = (array.astype(np.int64) - np.asarray(space.start)).reshape(rows, -1)
         sizes = np.asarray(space.nvec).reshape(-1)
         return np.concatenate(
             [_one_hot(c, int(n), space) for c, n in zip(columns.T, sizes, strict=True)], axis=1
