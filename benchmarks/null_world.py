@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from envs.serving.protocol import ServingError
+from envs.serving.protocol import Request, ServingError
 from envs.serving.worker import Finished, Job, Outcome, internal_error
 
 FAIL = 13.0
@@ -52,11 +52,15 @@ class NullBackend:
         self._seconds = seconds
         self._frames = np.zeros((chunk_frames, *frame_size, 3), np.uint8)
 
+    def short(self, request: Request) -> bool:
+        """Everything is."""
+        return True
+
     def run(self, jobs: Sequence[Job]) -> list[Finished]:
         """One round."""
         if self._seconds:
             time.sleep(self._seconds)
-        return [(job, self._one(job)) for job in jobs]
+        return [(job, job.begin(time.monotonic()) or self._one(job)) for job in jobs]
 
     def _one(self, job: Job) -> Outcome | ServingError:
         request, counts = job.request, self.counts

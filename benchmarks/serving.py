@@ -57,6 +57,10 @@ class NullModel:
         }
         self._result = {"reward": 0.0, "terminated": False, "truncated": False, "info": info}
 
+    def short(self, request: Request) -> bool:
+        """Everything is."""
+        return True
+
     def run(self, jobs: Sequence[Job]) -> list[Finished]:
         """All jobs, done."""
         return [(job, Outcome(self._result, self._arrays, self._arrays["observation"])) for job in jobs]

@@ -239,6 +239,9 @@ def _request(header: Mapping[str, Any], blobs: Sequence[Any]) -> Request:
             raise _bad(f"{name} takes no argument {key:.40}; known: {', '.join(op.args) or 'none'}")
         if value is not None and not _KINDS[op.args[key]](value):
             raise _bad(f"{name}: {key} must be of kind {op.args[key]}")
+    for key in op.needs:
+        if args.get(key) is None:
+            raise _bad(f"{name} needs the argument {key}")
     arrays = _arrays(header, blobs)
     for key in arrays:
         if key.split("/")[0] not in op.arrays or ("/" in key and not key.startswith("action/")):

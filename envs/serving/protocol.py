@@ -99,14 +99,15 @@ class Op:
     """What a request of one kind may hold.
 
     session: it names a session. seq: it changes the session, so it carries the next sequence number. once: repeated
-    under the same request id it gets the same reply. args: name to kind, see `_KINDS`. arrays: names; "action" also
-    stands for "action/KEY".
+    under the same request id it gets the same reply. args: name to kind, see `_KINDS`; needs: those that it cannot do
+    without. arrays: names; "action" also stands for "action/KEY".
     """
 
     session: bool = False
     seq: bool = False
     once: bool = False
     args: Mapping[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
     arrays: tuple[str, ...] = ()
 
 
@@ -134,11 +135,11 @@ OPS: dict[str, Op] = {
     "observe": Op(
         session=True, seq=True, args={"text": "texts", "want": "names"}, arrays=("frames", "action")
     ),
-    "restore": Op(session=True, seq=True, args={"snapshot": "handle", "want": "names"}),
+    "restore": Op(session=True, seq=True, args={"snapshot": "handle", "want": "names"}, needs=("snapshot",)),
     "score": Op(session=True, args={"text": "texts", "draws": "int"}, arrays=("frames", "action")),
     "imagine": Op(session=True, args={"text": "sequences", "want": "names"}, arrays=("action",)),
     "snapshot": Op(session=True, once=True),
-    "discard": Op(once=True, args={"snapshot": "handle"}),
+    "discard": Op(once=True, args={"snapshot": "handle"}, needs=("snapshot",)),
     "fork": Op(session=True, once=True, args={"n": "int"}),
     "close": Op(session=True, once=True),
     "renew": Op(args={"sessions": "handles", "snapshots": "handles"}),

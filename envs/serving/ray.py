@@ -198,6 +198,10 @@ class RayBackend:
         """Whether replicas have something under way or are starting, or sessions are to be copied."""
         return bool(self._waiting or self._batches or self._copies or self._resting or self._starting)
 
+    def short(self, request: Request) -> bool:
+        """Nothing is: all is done elsewhere."""
+        return False
+
     @property
     def pids(self) -> list[int]:
         """The processes of the replicas that are there, as far as is known."""
@@ -250,6 +254,11 @@ class RayBackend:
                 later += flights.pop(seat).jobs
         self._waiting = deque(sorted(later, key=list(self._waiting).index))
         for seat, flight in flights.items():
+            refused = [(job, refusal) for job in flight.jobs if (refusal := job.begin(now))]
+            finished += refused
+            flight.jobs = [job for job in flight.jobs if job.begun]
+            if not flight.jobs:
+                continue
             seat.pinned += sum(len(job.made) for job in flight.jobs)
             sent = [(_bytes(job.request), job.made) for job in flight.jobs]
             self._batches[seat.actor.run.remote(flight.boot, sent)] = flight

@@ -331,8 +331,8 @@ class WorldServer:
             wanted = request.args.get("request")
             found = [r for r in self._running.values() if r.owner == owner and r.job.request.id == wanted]
             for running in found:
-                running.job.cancelled = True
-            return Reply(request.id, {"cancelled": bool(found)})
+                running.job.cancel()
+            return Reply(request.id, {"cancelled": any(running.job.cancelled for running in found)})
         return Reply(request.id, self.metrics())
 
     def _facts(self) -> dict[str, Any]:

@@ -236,11 +236,14 @@ class RemoteSession:
         """See `WorldModelEnv.fork`."""
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise InputError(f"fork({n!r}): expected an integer of at least 1")
-        turn = self.current()
+        self.current()
+        reply = self.ask("fork", {"n": n})
         children = []
-        for handle in self.ask("fork", {"n": n}).result["sessions"]:
+        for handle in reply.result["sessions"]:
             child = RemoteSession(self.connection, self.options, self.max_chunks, tuple(self.want))
-            child.adopt(bytes(handle), 0, turn)
+            child.adopt(
+                bytes(handle), 0, _turn(reply)
+            )  # where it stands there, whatever was heard of it here
             children.append(child)
         return children
 

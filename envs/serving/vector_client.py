@@ -149,6 +149,10 @@ class RemoteVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
                 f"whether slots {unsettled} took their last step is not known; reset them with "
                 'options={"reset_mask": ...}, or all',
             )
+        if (
+            finished and self.autoreset_mode == AutoresetMode.SAME_STEP
+        ):  # left so by a step that failed elsewhere
+            self._reset_rows(finished, [None] * self.num_envs, {})
         # one that is reset and those that step are under way together
         starts = [
             partial(session.start_reset, None, None)

@@ -30,6 +30,8 @@ HAND_OVER = (
 )
 PROVEN = 16  # times in a row that a kind of request has taken less
 
+_BEGINNING = threading.Lock()
+
 log = logging.getLogger(__name__)
 
 
@@ -37,18 +39,32 @@ log = logging.getLogger(__name__)
 class Job:
     """A request for the model. made: the names that the front gives to what it makes (sessions or a snapshot).
 
-    expires: `time.monotonic` after which it is not to begin. cancelled: set by the front.
+    expires: `time.monotonic` after which it is not to begin. cancelled, begun: see `cancel` and `begin`.
     """
 
     request: Request
     made: tuple[bytes, ...] = ()
     expires: float = float("inf")
     cancelled: bool = False
+    begun: bool = False
 
     @property
     def who(self) -> bytes:
         """The session it is for; one that is to make a session is alone."""
         return self.request.session or self.request.id
+
+    def begin(self, now: float) -> ServingError | None:
+        """From here on it cannot be cancelled any more; or why it does not begin. For the backend."""
+        with _BEGINNING:
+            refusal = self.refusal(now)
+            self.begun = refusal is None
+        return refusal
+
+    def cancel(self) -> bool:
+        """Whether it will not be done; from any thread."""
+        with _BEGINNING:
+            self.cancelled = not self.begun
+        return self.cancelled
 
     def refusal(self, now: float) -> ServingError | None:
         """Why it is not to begin, or go on, if it is not."""
@@ -89,8 +105,13 @@ class Backend(Protocol):
     def going_on(self) -> bool:
         """Whether jobs of earlier rounds are not finished; `run` is then called again at once."""
 
+    def short(self, request: Request) -> bool:
+        """Whether a request may be run where it arrives, once its kind has proven to take no longer than a hand-over."""
+
     def run(self, jobs: Sequence[Job]) -> list[Finished]:
-        """One round: jobs of different sessions. Each is done whole or, with an error, not at all."""
+        """One round: jobs of different sessions. Each is done whole or, with an error, not at all; `Job.begin` says
+        which are not to begin.
+        """
 
 
 def internal_error(error: BaseException) -> ServingError:
@@ -147,7 +168,8 @@ class Worker(threading.Thread):
         if self._quick[job.request.op] < PROVEN or not self._model.acquire(blocking=False):
             return None
         try:
-            return None if self._backend.going_on else self._run([job])
+            whole = not self._backend.going_on and self._backend.short(job.request)
+            return self._run([job]) if whole else None
         finally:
             self._model.release()
 

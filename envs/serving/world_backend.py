@@ -17,7 +17,14 @@ from typing import Any
 import numpy as np
 from gymnasium.utils import seeding
 
-from envs.options import EnvOptions, batch_of_one, check_max_chunks, check_reset_options, load_world
+from envs.options import (
+    EnvOptions,
+    batch_of_one,
+    check_actions,
+    check_max_chunks,
+    check_reset_options,
+    load_world,
+)
 from envs.serving.actions import decode_action
 from envs.serving.batches import (
     Batch,
@@ -40,15 +47,14 @@ from envs.serving.worker import Finished, Job, Outcome, internal_error
 from envs.snapshot import check_snapshot, continue_snapshot
 from envs.turn import (
     begin,
+    child_stream,
     choose_start,
     chunks_apart,
-    jumped,
     real_chunk,
     session_seed,
     turns,
 )
 from worldmodel import Chunk, InputError, WorldModel, WorldState
-from worldmodel.condition.spaces import pack_actions, prompts_of
 
 TRIM = 10.0  # seconds at least from one return of freed memory to the next
 SCORED = ("log_prob", "rate", "bits_per_dim", "action_gain", "noise_square")
@@ -87,12 +93,22 @@ class WorldBackend:
         """Whether an imagination has chunks to go."""
         return bool(self._plans)
 
+    def short(self, request: Request) -> bool:
+        """Whether nothing is computed for it: frames of a chunk that is there already."""
+        session = self._sessions.get(request.session or b"")
+        return session is not None and (
+            request.op == "attach" or (request.op == "step" and not session.turn.over)
+        )
+
     def run(self, jobs: Sequence[Job]) -> list[Finished]:
         """One round. Sessions that ask for the same kind of thing share a forward pass."""
         finished: list[Finished] = []
         groups: dict[tuple[Any, ...], list[Row]] = {}
         batches = [s.slot.batch for s in map(self._sessions.get, _sessions(jobs)) if s is not None]
         for job in jobs:
+            if job.request.op != "imagine" and (refusal := job.begin(time.monotonic())):
+                finished.append((job, refusal))
+                continue
             try:
                 outcome = self._prepare(job)
             except Exception as error:
@@ -163,10 +179,10 @@ class WorldBackend:
             self._sessions[request.session or b""] = after
             return self._show(after, request)
         if request.op == "fork":
-            children = Batch(session.slot.state().fork(len(job.made))).slots()
-            for i, (name, slot) in enumerate(zip(job.made, children, strict=True)):
+            states = session.slot.state().fork(len(job.made))
+            for i, (name, slot) in enumerate(zip(job.made, Batch(states).slots(), strict=True)):
                 rng = np.random.Generator(np.random.PCG64())
-                rng.bit_generator.state = jumped(session.rng, i)
+                rng.bit_generator.state = child_stream(session.rng, states.select([i]), i)
                 self._sessions[name] = replace(session, slot=slot, rng=rng)
             shown = self._show(session, request)
             return replace(shown, result={**shown.result, "sessions": list(job.made)})
@@ -234,7 +250,9 @@ class WorldBackend:
         """The next chunk of each imagination that goes on."""
         rows, kept = [], []
         for plan in self._plans:
-            if refusal := plan.job.refusal(time.monotonic() if not plan.chunks else -math.inf):
+            now = -math.inf if plan.chunks else time.monotonic()  # what has begun has met its deadline
+            last = len(plan.chunks) == plan.horizon - 1
+            if refusal := plan.job.begin(now) if last else plan.job.refusal(now):
                 finished.append((plan.job, refusal))
                 continue
             rows.append(plan.row())
@@ -244,11 +262,8 @@ class WorldBackend:
 
     def _lifted(self, session: Session, action: Any) -> Any:
         """One action as a batch of one, checked alone, so that it cannot fail for others."""
-        space = session.world.spec.action_space
-        batch = batch_of_one(space, action)
-        prompts_of(space, batch, 1)
-        if session.world.actions is not None:
-            pack_actions(space, batch, 1)
+        batch = batch_of_one(session.world.spec.action_space, action)
+        check_actions(session.world, batch, 1)
         return batch
 
     def _snapshot(self, request: Request) -> Session:

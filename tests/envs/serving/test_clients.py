@@ -365,6 +365,33 @@ def test_the_vector_environment_matches_the_native_one(
     remote.close()
 
 
+def test_slots_that_ended_unseen_begin_anew(toy: WorldModel, toy_server: WorldServer) -> None:
+    """In same-step mode too, where another slot's failure kept a finished one from its reset."""
+    env = RemoteVectorEnv(
+        toy_server.url, 2, autoreset_mode="SameStep", max_chunks=[2, 9], termination_threshold=2.0
+    )
+    env.reset(seed=0)
+    actions = np.zeros((2, 1), np.float32)
+    env.step(actions)
+    ending = env.sessions[0]
+    call = ending.start_step(actions[0])
+    ending.connection.settle([call])
+    assert ending.accept(call).truncated
+    assert env.step(actions)[-1]["chunk"].tolist() == [1, 2]
+    env.close()
+
+
+def test_forks_stand_where_their_parent_does_on_the_server(toy_server: WorldServer) -> None:
+    env = RemoteEnv(toy_server.url)
+    env.reset(seed=0)
+    push = np.ones(1, np.float32)
+    env.session.connection.ask("step", session=env.session.id, seq=1, arrays={"action": push})
+    child = env.fork(1)[0]
+    assert child.session.current().info["chunk"] == 1
+    assert child.resume()[-1] == child.session.current().info
+    child.close(), env.close()
+
+
 def test_wrong_actions_of_one_slot_change_no_slot(toy: WorldModel, toy_server: WorldServer) -> None:
     native, remote = WorldModelVectorEnv(toy, 3), RemoteVectorEnv(toy_server.url, 3)
     native.reset(seed=0), remote.reset(seed=0)

@@ -79,6 +79,9 @@ class Eager:
         self.worker._pace.halves = halves
         self.worker._pace.took = lambda done: None  # type: ignore[method-assign]
 
+    def short(self, request: Request) -> bool:
+        return True
+
     def run(self, jobs: Sequence[Job]) -> list[Finished]:
         self.rounds.append({job.who for job in jobs})
         return [(job, Outcome()) for job in jobs]

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +25,10 @@ from envs.serving.protocol import Request
 from envs.serving.server import WorldServer
 from envs.serving.sessions import Limits
 from envs.serving.worker import PROVEN, Finished, Job
+from envs.serving.world_backend import WorldBackend
 from tests.envs.serving.machines import PATIENCE, Clock, Scripted, eventually
 from tests.envs.serving.wire import STILL, Wire
+from worldmodel import WorldModel
 
 ROOT = Path(__file__).parents[3]
 
@@ -197,6 +200,58 @@ def test_a_short_request_that_fails_is_refused_and_changes_nothing(null: Wire) -
     for _ in range(3):
         assert null.step(session, 3 * PROVEN, FAIL).error.code == "internal"  # type: ignore[union-attr]
     assert null.step(session, 3 * PROVEN).result["info"]["chunk"] == 3 * PROVEN
+
+
+def test_no_pass_of_the_model_runs_where_requests_arrive(toy: WorldModel) -> None:
+    """However often frames that were there already have been quick."""
+    where: list[tuple[bool, str]] = []
+
+    class Watched(WorldBackend):
+        def run(self, jobs: Sequence[Job]) -> list[Finished]:
+            computes = [not self.short(job.request) for job in jobs]
+            where.append((any(computes), threading.current_thread().name))
+            return super().run(jobs)
+
+    with WorldServer(Watched(toy), "tcp://127.0.0.1:*") as server, Wire(server.url) as wire:
+        server.worker._quick.update(step=10 * PROVEN)
+        session = wire.create(step_mode="frame")
+        for seq in range(1, 30):
+            server.worker._quick.update(step=10 * PROVEN)
+            assert wire.step(session, seq).error is None
+    assert (False, "worldmodel-front") in where
+    assert (True, "worldmodel-front") not in where
+
+
+def test_what_has_begun_is_not_cancelled(null: Wire) -> None:
+    """Whoever is told that a request is cancelled gets that answer to it."""
+    backend = Held()
+    with WorldServer(backend, "tcp://127.0.0.1:*") as server, Wire(server.url) as wire:
+        begun = threading.Event()
+        one, run = backend._one, backend.gate
+
+        def slow(job: Job) -> Any:
+            begun.set()
+            assert run.wait(PATIENCE)
+            return one(job)
+
+        session = wire.create()
+        backend._one = slow  # type: ignore[method-assign]
+        step = wire.send("step", session=session, seq=1, arrays=STILL)
+        assert begun.wait(PATIENCE)
+        run.clear()
+        cancel = wire.send("cancel", args={"request": step})
+        replies = [wire.reply()]
+        run.set()
+        replies.append(wire.reply())
+        told = {reply.id: reply for reply in replies}
+        assert told[cancel].result == {"cancelled": False} and told[step].error is None
+
+
+def test_arguments_that_are_needed(null: Wire) -> None:
+    session = null.create()
+    assert null.refused("discard") == "bad_frame"
+    assert null.refused("restore", session=session, seq=1) == "bad_frame"
+    assert null.step(session, 1).error is None
 
 
 # ---- limits ---------------------------------------------------------------------------------------------------
