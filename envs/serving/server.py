@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import threading
 import time
 from collections import Counter
@@ -69,12 +70,16 @@ class WorldServer:
         rows: int = 64,
         health: int | None = None,
     ) -> None:
+        if re.fullmatch(r"tcp://.+:(\*|\d+)", url) is None:
+            raise InputError(
+                f"cannot serve on {url!r:.80}: expected tcp://address:port, as tcp://127.0.0.1:5555"
+            )
         if keys is None and not is_loopback(url):
             raise InputError(
                 f"{url} can be reached by others: serve it with keys (`worldmodel keys`), or on 127.0.0.1"
             )
         if not 0 <= window <= 0.005:
-            raise InputError(f"window is {window}, expected 0 to 0.005 seconds")
+            raise InputError(f"window is {1000 * window:g} ms, expected 0 to 5 ms")
         self.limits = limits or Limits()
         self.counts: Counter[str] = Counter()
         self.table = SessionTable(self.limits, backend.session_bytes)

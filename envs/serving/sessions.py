@@ -146,10 +146,17 @@ class SessionTable:
             session.expires = now + self.limits.lease
             return session
         if not name.startswith(self.epoch):
-            raise ServingError("session_lost", "a session of a server that is gone; create one")
+            raise ServingError(
+                "session_lost", "a session of a server that is gone; create one (an environment's reset does)"
+            )
         if self._tombstones.get(name) == owner:
-            raise ServingError("expired", f"its lease of {self.limits.lease:g} s ran out; create one")
-        raise ServingError("no_session", "no such session of this key; create one")
+            raise ServingError(
+                "expired",
+                f"its lease of {self.limits.lease:g} s ran out; create one (an environment's reset does)",
+            )
+        raise ServingError(
+            "no_session", "no such session of this key; create one (an environment's reset does)"
+        )
 
     def reserve(self, owner: str, count: int, snapshots: bool = False) -> tuple[bytes, ...]:
         """Names and memory for new sessions or snapshots; give them back with `release`, or `add` them.

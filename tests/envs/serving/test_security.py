@@ -167,8 +167,9 @@ def test_a_taken_address_is_one_line() -> None:
         pytest.raises(InputError, match="cannot bind"),
     ):
         WorldServer(NullBackend(), server.url)
-    with pytest.raises(InputError, match="cannot bind"):
-        WorldServer(NullBackend(), "tcp://127.0.0.1:http")
+    for wrong in ("tcp://127.0.0.1:http", "127.0.0.1:5555", "foo", "tcp://127.0.0.1"):
+        with pytest.raises(InputError, match="expected tcp://address:port"):
+            WorldServer(NullBackend(), wrong)
     with pytest.raises(InputError, match="up to 65535"):
         WorldServer(NullBackend(), "tcp://127.0.0.1:99999")
 
