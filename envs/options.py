@@ -226,7 +226,7 @@ def keys_to_action(space: spaces.Space[Any]) -> dict[tuple[int, ...], Any]:
         if count <= 4:
             keys |= {(arrows[i],): first + i for i in range(count)}
         return keys
-    raise InputError(f"no default keys for {space}; pass keys_to_action to gymnasium.utils.play")
+    raise _not_played(space)
 
 
 def noop_action(space: spaces.Space[Any]) -> Any:
@@ -235,4 +235,11 @@ def noop_action(space: spaces.Space[Any]) -> Any:
         return ((space.low.astype(np.float64) + space.high) / 2).astype(space.dtype)
     if isinstance(space, spaces.Discrete):
         return int(space.start)
-    raise InputError(f"no default action for {space}; pass noop to gymnasium.utils.play")
+    raise _not_played(space)
+
+
+def _not_played(space: spaces.Space[Any]) -> InputError:
+    return InputError(
+        f"the keyboard plays Discrete actions and a bounded Box of one number, not {' '.join(str(space).split()):.120}; "
+        "for others call gymnasium.utils.play with keys_to_action and noop"
+    )

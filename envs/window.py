@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import cv2
@@ -16,6 +17,17 @@ def windows_available() -> bool:
     """Whether this OpenCV was built with windows; the headless wheel was not."""
     lines = (line.split() for line in cv2.getBuildInformation().splitlines())
     return ["GUI:", "NONE"] not in lines
+
+
+def screen_found() -> bool:
+    """Whether somebody sees pygame's windows. Without a display it draws unseen, which SDL_VIDEODRIVER may ask for."""
+    import pygame
+
+    try:
+        pygame.display.init()
+    except pygame.error:
+        return False
+    return "SDL_VIDEODRIVER" in os.environ or pygame.display.get_driver() not in ("dummy", "offscreen")
 
 
 class Window:

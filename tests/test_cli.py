@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gymnasium import spaces
 
+from tests.toy import BOX, write_toy
 from worldmodel.cli import main
 from worldmodel.training.loop import Interrupted
 from worldmodel.world import WorldModel
@@ -64,6 +66,8 @@ def run_here(
         (("rollout", "--chunks", "0"), 2, "--chunks"),
         (("rollout", "--out", "film.avi"), 1, "film.avi: expected a name that ends in one of .webm"),
         (("rollout", "--out", "{file}/film.mp4"), 1, "cannot write into"),
+        (("play", "--zoom", "0"), 1, "zoom is 0, expected 0.1 to 100"),
+        (("play", "--zoom", "nan"), 1, "zoom is nan"),
         (("generate", "pendulum", "--device", "cuda"), 1, "torch finds 0 GPUs here; give cpu"),
         (("rollout", "--device", "gpu"), 1, "expected cpu, cuda or cuda:N"),
         (("serve", "--ray", "--device", "cuda"), 1, "leave --device out"),
@@ -92,6 +96,21 @@ def test_what_cannot_be_done_is_refused_before_any_work(
     given = [a.format(file=tmp_path / "file") for a in arguments]
     got, line = run_here(given, monkeypatch, capsys)
     assert got == status and words in line
+
+
+def test_play_says_that_there_is_no_display_or_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pygame = pytest.importorskip("pygame")
+    monkeypatch.delenv("SDL_VIDEODRIVER", raising=False)
+    monkeypatch.setattr(pygame.display, "init", lambda: None)
+    monkeypatch.setattr(pygame.display, "get_driver", lambda: "offscreen")
+    status, line = run_here(["play"], monkeypatch, capsys)
+    assert status == 1 and "no display was found" in line
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    world = write_toy(tmp_path / "toy", spaces.Dict({"a": BOX}))
+    status, line = run_here(["play", str(world)], monkeypatch, capsys)
+    assert status == 1 and "plays Discrete actions and a bounded Box of one number, not Dict('a'" in line
 
 
 def test_a_rollout_that_is_stopped_writes_what_is_there(

@@ -203,12 +203,25 @@ def play(
     device: Device = None,
 ) -> None:
     """Play in a world with the keyboard (arrow keys; close the window to stop)."""
+    from worldmodel.errors import InputError, WorldModelError
+
+    if not 0.1 <= zoom <= 100:
+        raise InputError(f"zoom is {zoom:g}, expected 0.1 to 100")
+    try:
+        import pygame  # noqa: F401
+    except ImportError as error:
+        raise WorldModelError('play needs pygame; install it with: pip install "worldmodel[demo]"') from error
     from gymnasium.utils.play import play as run
 
+    from envs.window import screen_found
     from envs.world_env import WorldModelEnv
 
+    if not screen_found():
+        raise WorldModelError(
+            "no display was found, and play needs a window; play on a desktop, or make a video: worldmodel rollout"
+        )
     env = WorldModelEnv(load(world, device), step_mode="frame", render_mode="rgb_array", max_chunks=None)
-    run(env, zoom=zoom, seed=seed, noop=env.noop_action)
+    run(env, zoom=zoom, seed=seed, keys_to_action=env.get_keys_to_action(), noop=env.noop_action)
 
 
 def register(app: typer.Typer) -> None:

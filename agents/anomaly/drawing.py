@@ -17,16 +17,23 @@ from agents.anomaly.monitor import AnomalyRecord
 BAND, STRIP = 36, 56
 """Heights in pixels of the line of text above the picture and of the curve below it."""
 RED, GREY, WHITE, INK = (220, 40, 30), (170, 170, 170), (255, 255, 255), (40, 40, 40)
+CLEAR = 0.45
+"""Heat that is not shown: about twenty times as strange as usual, which hardly any place of a normal chunk reaches."""
 HIGHEST = 8.0
 """Score at the top of a curve."""
 
 
 def overlay(frames: np.ndarray, heatmap: np.ndarray, scale: int = 4) -> np.ndarray:
-    """Frames (F, height, width, 3) uint8, enlarged, under a heat map (height, width) in [0, 1]: red is strange."""
+    """Frames (F, height, width, 3) uint8, enlarged, under a heat map (height, width) in [0, 1]: red is strange.
+
+    Clear is what is about as strange as in normal chunks (`CLEAR`), or no stranger than half of this picture.
+    """
     height, width = heatmap.shape
     size = (scale * width, scale * height)
+    floor = max(CLEAR, float(np.median(heatmap)))
     heat = cv2.resize(heatmap, size, interpolation=cv2.INTER_LINEAR)[..., None]
-    colour = cv2.applyColorMap((255 * heat).astype(np.uint8), cv2.COLORMAP_JET)[..., ::-1]
+    heat = np.clip((heat - floor) / (1.0 - floor), 0.0, 1.0)
+    colour = cv2.applyColorMap((255 * np.sqrt(heat)).astype(np.uint8), cv2.COLORMAP_JET)[..., ::-1]
     weight = 0.7 * np.minimum(2 * heat, 1.0)
     large = np.repeat(np.repeat(frames, scale, axis=1), scale, axis=2)
     return (large * (1 - weight) + colour * weight).round().astype(np.uint8)
@@ -83,6 +90,11 @@ def plot_records(axes: Any, records: Sequence[AnomalyRecord], limits: tuple[floa
     for record in records:
         if record.alarm:
             axes.axvspan(record.chunk - 0.5, record.chunk + 0.5, color="C3", alpha=0.15, lw=0)
+    top = 1.2 * max((v for v in (*evidence, *drift) if np.isfinite(v)), default=0.0)
     axes.set_yscale("symlog", linthresh=1.0)
-    axes.set_ylim(bottom=0.0)
+    axes.set_ylim(0.0, max(top, 2.2))
+    ticks = [t for t in (0, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000) if t <= max(top, 2.2)]
+    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_yticks([], minor=True)
+    axes.set_ylabel("times the limit")
     axes.grid(alpha=0.3)

@@ -14,13 +14,14 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from agents.anomaly.calibration import MonitorConfig
+from agents.anomaly.calibration import Calibration, MonitorConfig
 from agents.anomaly.channels import Clip, episode_clip
+from agents.anomaly.conformal import episodes_needed
 from agents.anomaly.drawing import overlay_video, plot_records
 from agents.anomaly.monitor import MONITOR_SEED, AnomalyMonitor, AnomalyRecord
 from envs.recorder import CODECS, write_video
 from worldmodel import CheckpointError, DataError, InputError, WorldModel
-from worldmodel.files import config_to_dict, write_atomic, write_json
+from worldmodel.files import config_to_dict, writable, write_atomic, write_json
 from worldmodel.published import cache_folder
 from worldmodel.training.episodes import EpisodeDataset
 from worldmodel.training.evaluate import held_out_dataset
@@ -48,15 +49,12 @@ def read_source(path: Path, world: WorldModel) -> Source:
     A video's frames are resized to the world's; it is cut into chunks, and what is left over is not judged.
 
     Raises:
-        DataError: none of these, or of another frame size or chunk. InputError: a video shorter than three chunks.
+        DataError: none of these, or of another frame size, chunk or action space. InputError: a video shorter than
+            three chunks.
     """
     if (path / "dataset.json").exists():
         dataset = EpisodeDataset.open(path)
-        if dataset.frame_size != world.spec.frame_size or dataset.frame_skip != world.chunk_frames:
-            raise DataError(
-                f"{path}: frames {dataset.frame_size} in chunks of {dataset.frame_skip}, the world has "
-                f"{world.spec.frame_size} in chunks of {world.chunk_frames}"
-            )
+        _check_episodes(dataset, world)
         bar = tqdm(range(dataset.episodes), desc=f"read {path}", unit="episode", delay=2, leave=False)
         clips = [episode_clip(dataset.episode(i)) for i in bar]
         if world.actions is None:
@@ -68,6 +66,24 @@ def read_source(path: Path, world: WorldModel) -> Source:
             f"{path} is no directory of episodes, no video and no directory of videos; give one of these"
         )
     return Source([f.name for f in files], [read_video(f, world) for f in files], False)
+
+
+def _check_episodes(dataset: EpisodeDataset, world: WorldModel) -> None:
+    spec = world.spec
+    if dataset.frame_size != spec.frame_size or dataset.frame_skip != world.chunk_frames:
+        differ = (
+            f"have frames {dataset.frame_size} in chunks of {dataset.frame_skip}, the world {spec.name} has "
+            f"{spec.frame_size} in chunks of {world.chunk_frames}"
+        )
+    elif world.actions is not None and dataset.action_space != spec.action_space:
+        have, takes = (" ".join(str(s).split()) for s in (dataset.action_space, spec.action_space))
+        differ = f"have actions {have}, the world {spec.name} takes {takes}"
+    else:
+        return
+    env = dataset.collected.get("env", "an unnamed environment")
+    raise DataError(
+        f"{dataset.folder}: episodes of {env} {differ}; give --world a world of their environment"
+    )
 
 
 def read_video(path: Path, world: WorldModel) -> Clip:
@@ -116,6 +132,10 @@ def prepare_monitor(
             )
         return saved, calibration
     alpha = DEFAULT_ALPHA if alpha is None else alpha
+    if calibration is None:
+        Calibration.check(DEFAULT_EPISODES, alpha)
+    else:
+        episodes_needed(alpha)
     config = MonitorConfig(actions=actions)
     folder = calibration or held_out_dataset(world, DEFAULT_EPISODES).folder
     identity = {
@@ -160,6 +180,7 @@ def monitor_source(
         CheckpointError, ConfigError, DataError, InputError: as `read_source` and `prepare_monitor`.
     """
     what = read_source(source, world)
+    writable(out)
     monitor, kept = prepare_monitor(world, calibration, alpha, what.actions)
     clips = what.clips
     if not monitor.config.actions:

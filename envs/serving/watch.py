@@ -6,6 +6,7 @@ A viewer asks for the next change only when it is done with the last (credit), s
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -75,8 +76,10 @@ class View:
 
 
 def _short(action: str | None) -> str:
+    """With three significant digits, in at most 24 characters."""
     if action is None:
         return "-"
+    action = json.dumps(json.loads(action, parse_float=lambda number: float(f"{float(number):.3g}")))
     return action if len(action) <= 24 else action[:21] + "..."
 
 

@@ -193,8 +193,11 @@ def test_a_killed_run_goes_on_to_the_same_world(
     assert spec.action_space == BOX and spec.provenance["base"] == "toy"
     assert set(spec.quality["bits_per_dim"]) == {"before", "after"}
     assert spec.provenance["trained_on"][-1]["episodes"] == 4
-    with pytest.raises(ConfigError, match="a run of another settings"):
-        finetune(toy, str(data), tmp_path / "again", tmp_path / "x", replace(config, batch=2))
+    with pytest.raises(
+        ConfigError, match=r"was made otherwise \(settings\.loop\.lr, settings\.batch differ\)"
+    ):
+        other = replace(config, batch=2, loop=replace(LOOP, lr=2e-3))
+        finetune(toy, str(data), tmp_path / "again", tmp_path / "x", other)
 
 
 def test_a_world_with_prompts_learns_actions_from_captioned_episodes(tmp_path: Path) -> None:
@@ -228,8 +231,30 @@ def test_captions_alone_leave_the_action_space_as_it_is(tmp_path: Path) -> None:
         toy, str(data), tmp_path / "run", tmp_path / "out", replace(CONFIG, lora=0), prompts=Spelled()
     )
     assert world is not None and world.actions is None and isinstance(world.spec.action_space, spaces.Text)
-    with pytest.raises(DataError, match="has no actions, but the world takes some"):
+    with pytest.raises(DataError, match="has no actions, but the world takes some; put every clip's"):
         finetune(write_toy(tmp_path / "box"), str(data), tmp_path / "other", tmp_path / "x", CONFIG)
+
+
+def test_what_cannot_go_well_is_told_before_it_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy, data = write_toy(tmp_path / "toy"), write_episodes(tmp_path / "data")
+
+    def told(self: object, description: str) -> None:
+        raise Interrupted(capsys.readouterr().err)
+
+    monkeypatch.setattr("worldmodel.training.loop.Run.fit", told)
+    for length, psnr in ((99, 24.6), (6, 30.5)):
+        monkeypatch.setattr("worldmodel.training.finetune.codec_psnr", lambda *a, psnr=psnr: psnr)
+        with pytest.raises(Interrupted) as at:
+            finetune(toy, str(data), tmp_path / f"{length}", tmp_path / "out", replace(CONFIG, length=length))
+        lines = [line for line in str(at.value).splitlines() if "warning" in line]
+        warned = (
+            "length 99 is beyond the world's window; training on 6 latent frames",
+            "the world's codec reproduces this data at 24.6 dB, below 30",
+        )
+        assert len(lines) == (2 if length == 99 else 0)
+        assert all(words in line for words, line in zip(warned, lines, strict=False))
 
 
 def test_episodes_of_another_size_are_refused(tmp_path: Path) -> None:

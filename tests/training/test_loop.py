@@ -137,11 +137,21 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path: Path) -> 
     assert weights(stage).isfinite().all()
 
 
-def test_minutes_end_the_run_and_drive_progress(tmp_path: Path) -> None:
+def test_a_loss_that_is_never_finite_is_no_matter_of_the_rate(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"at step 0, .* in the data") as caught:
+        Run(Line(bad_step=1), CONFIG, tmp_path).fit("line")
+    assert "rate" not in str(caught.value)
+
+
+def test_minutes_end_the_run_and_drive_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stage = Line(pause=0.01)
     run = Run(stage, replace(CONFIG, steps=100_000, minutes=0.5 / 60), tmp_path)
     run.fit("line")
     assert run.progress == 1.0 and 5 < run.step < 100
+    shown = capsys.readouterr().err
+    assert (
+        "0 min left" in shown and "100000" not in shown and "<" not in shown
+    )  # as tqdm writes elapsed<remaining
 
 
 def test_a_finished_run_only_loads(tmp_path: Path) -> None:

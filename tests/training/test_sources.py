@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+from worldmodel.condition.spaces import space_to_json
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.files import write_json
 from worldmodel.training.datasets import converted
@@ -62,6 +63,26 @@ def test_videos_with_captions_and_actions(tmp_path: Path) -> None:
         np.testing.assert_allclose(episode.actions.reshape(8, 2), actions[i][:8], atol=1e-6)
         assert episode.truncated[-1] and not episode.terminated.any()
     assert [dataset.episode(i).meta["caption"] for i in range(3)] == ["a red ball", "", ""]
+
+
+def test_a_folder_may_say_what_its_actions_are(tmp_path: Path) -> None:
+    """Recorded actions seldom touch their bounds."""
+    space, folder = spaces.Box(-1, 1, (2,)), tmp_path / "in"
+    write_video(folder / "a.mp4", film(9))
+    np.save(folder / "a.npy", np.linspace(-0.99, 0.98, 16).reshape(8, 2))
+    assert open_source(str(folder)).space != space
+    write_json(folder / "action_space.json", space_to_json(space))
+    assert open_source(str(folder)).space == space
+    assert converted(str(folder), tmp_path / "out", SIZE, 4, space).action_space == space  # a world's own
+    for wrong, words in (
+        (space_to_json(spaces.Box(-0.5, 1, (2,))), r"does not describe these actions: .*outside Box"),
+        (space_to_json(spaces.Box(-1, 1, (3,))), "does not describe these actions: cannot reshape"),
+        (space_to_json(spaces.Discrete(2)), "does not describe these actions"),
+        ({"kind": "Ball"}, "does not describe these actions: unknown kind of space"),
+    ):
+        write_json(folder / "action_space.json", wrong)
+        with pytest.raises(DataError, match=words):
+            open_source(str(folder))
 
 
 def test_videos_without_actions_carry_their_captions(tmp_path: Path) -> None:

@@ -84,7 +84,10 @@ def converted(
 
 def _check_actions(name: str, have: spaces.Space[Any] | None, wanted: spaces.Space[Any] | None) -> None:
     if wanted is not None and (have is None or not packed_size(have)):
-        raise DataError(f"{name} has no actions, but the world takes some; give clips their action files")
+        raise DataError(
+            f"{name} has no actions, but the world takes some; put every clip's beside it (clip.npy, clip.csv or "
+            "clip.json), or take a world without actions"
+        )
 
 
 def _exists(path: Path) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from worldmodel.condition.spaces import packed_size, space_to_json
 from worldmodel.errors import ConfigError
 from worldmodel.files import (
     config_to_dict,
+    different,
     load_tensors,
     read_json,
     remove_leftovers,
@@ -50,6 +52,9 @@ from worldmodel.training.parallel import ALONE, Ranks
 from worldmodel.training.pictures import Pictures
 from worldmodel.training.provenance import environment_of, episodes_of, git_revision, trained_on
 from worldmodel.world import WorldModel
+
+FAITHFUL = 30.0
+"""dB below which a codec does not show the data well enough to learn from it."""
 
 
 class Prompts(Protocol):
@@ -189,6 +194,12 @@ def finetune(
     ranks.wait()
     files = read_world(obtain(world))
     torch.set_num_threads(config.threads)
+    window = files.spec.flow.window
+    if ranks.first and config.length > window:
+        print(
+            f"warning: length {config.length} is beyond the world's window; training on {window} latent frames",
+            file=sys.stderr,
+        )
     if ranks.first:
         remove_leftovers(run)
         writable(out)
@@ -212,11 +223,14 @@ def finetune(
         compiled=config.compiled,
         recompute=config.recompute,
     )
-    quality: dict[str, Any] = {}
-    base, _, encoder, _ = files.build("cpu")
+    quality: dict[str, dict[str, float]] = {}
+    base, codec, encoder, _ = files.build("cpu")
+    if ranks.first:
+        quality["codec"] = {"psnr": _faithfulness(codec.to(ranks.device), dataset, ranks.device)}
+    del codec  # its memory is the training's
     if ranks.first and held_out is not None:
         own = encoder if space == files.spec.action_space else None
-        quality["before"] = bits_per_dim(base, own, held_out, training.length)
+        quality["bits_per_dim"] = {"before": bits_per_dim(base, own, held_out, training.length)}
     stage = FlowStage(training, train, parts, ranks)
     fit = Run(stage, config.loop, run / "flow", ranks)
     fit.fit("fine-tune")
@@ -230,7 +244,9 @@ def finetune(
     parts.requires_grad_(False)["flow"].to(base.deep.sos.dtype)
     if held_out is not None:
         encoder = cast(ActionEncoder, parts["actions"]) if "actions" in parts else None
-        quality["after"] = bits_per_dim(cast(Flow, parts["flow"]), encoder, held_out, training.length)
+        quality["bits_per_dim"]["after"] = bits_per_dim(
+            cast(Flow, parts["flow"]), encoder, held_out, training.length
+        )
     _export(files, source, dataset, train, parts, run, out, config, quality)
     return WorldModel.load(out)
 
@@ -259,9 +275,9 @@ def _prepare(
     }
     note = run / "finetune.json"
     if note.exists() and (old := read_json(note)) != given:
-        changed = [k for k in given if not isinstance(old, dict) or old.get(k) != given[k]]
         raise ConfigError(
-            f"{run} is a run of another {', '.join(changed)}; restore it, or use another --run folder"
+            f"{run} was made otherwise ({', '.join(different(old, given))} differ); restore that, or use another "
+            "--run folder"
         )
     dataset = _episodes(files, source, run, camera)
     write_json(note, given)  # once the source is known to be one
@@ -331,6 +347,18 @@ def codec_psnr(codec: Codec, dataset: EpisodeDataset, device: torch.device, epis
     return float(10 * torch.log10(255.0**2 / torch.cat(errors).mean().clamp_min(1e-5)))
 
 
+def _faithfulness(codec: Codec, dataset: EpisodeDataset, device: torch.device) -> float:
+    """`codec_psnr`; says so where it is too low, before anything is trained."""
+    psnr = codec_psnr(codec, dataset, device)
+    if psnr < FAITHFUL:
+        print(
+            f"warning: the world's codec reproduces this data at {psnr:.1f} dB, below {FAITHFUL:g}; better train a world "
+            "of its own (worldmodel train)",
+            file=sys.stderr,
+        )
+    return psnr
+
+
 def _export(
     files: WorldFiles,
     source: str,
@@ -340,7 +368,7 @@ def _export(
     run: Path,
     out: Path,
     config: Finetune,
-    quality: dict[str, Any],
+    quality: dict[str, dict[str, float]],
 ) -> None:
     _, codec, _, old_heads = files.build("cpu")
     flow, acts = cast(Flow, parts["flow"]), "actions" in parts
@@ -358,7 +386,6 @@ def _export(
         pictures = None if eye is None else Pictures.of([dataset], codec, train, device)
         trained, _ = train_heads(config.heads, train, run / "heads", old, pictures, device)
         tensors["heads"], heads = half_precision(trained), trained.config
-    psnr = codec_psnr(codec, dataset, device)
     spec = replace(
         files.spec,
         name=out.name,
@@ -380,7 +407,7 @@ def _export(
             "torch": torch.__version__,
             "training_episodes": len(train.lengths),
         },
-        quality={"codec": {"psnr": psnr}} | ({"bits_per_dim": quality} if quality else {}),
+        quality=quality,
     )
     starts = bank_of_starts(dataset, 32, 3, config.loop.seed) if spec.bank else {}
     if not acts:

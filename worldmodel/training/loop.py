@@ -39,6 +39,8 @@ from worldmodel.training.parallel import (
 )
 
 REPORT_EVERY = 20  # steps
+BY_THE_CLOCK = "{desc}: {n_fmt} steps [{elapsed}, {rate_fmt}{postfix}]"
+"""A bar whose steps do not tell when the run ends; its postfix does."""
 OPTIMIZERS = ("adamw", "muon")
 MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
 CADENCE = ("save_seconds",)  # settings that may change between a run and its continuation
@@ -182,6 +184,7 @@ class Run:
             desc=description,
             unit="step",
             smoothing=0.05,
+            bar_format=None if self.config.minutes is None else BY_THE_CLOCK,
             disable=not self.ranks.first,
         )
         with bar, _signals_caught() as caught:
@@ -223,6 +226,11 @@ class Run:
         )
         norm = whole(torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.clip))
         if not math.isfinite(float(metrics["loss"])) or not math.isfinite(float(norm)):
+            if self.step == 0:
+                raise TrainingError(
+                    f"{description}: loss or gradient is not finite at step 0, when nothing is learned yet; look for "
+                    "values in the data, or in the weights it begins with, that are not finite or far too large"
+                )
             raise TrainingError(
                 f"{description}: loss or gradient is not finite at step {self.step}; the checkpoint in "
                 f"{self.folder} is the last good one; lower the learning rate in a new run"

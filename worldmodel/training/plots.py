@@ -12,6 +12,9 @@ from worldmodel.errors import ConfigError
 from worldmodel.files import write_atomic
 from worldmodel.training.measure import Report
 
+BAND, MARGIN = 38, 80
+"""Pixels above and to the left of a contact sheet's pictures, for what they show."""
+PAPER, INK = 235, (40, 40, 40)
 STYLE = {
     "open_loop": ("open loop", "C3"),
     "teacher_forced": ("teacher-forced", "C0"),
@@ -111,18 +114,43 @@ def plot_report(report: Report, folder: Path) -> None:
 
 def contact_sheet(report: Report, scale: int = 2) -> np.ndarray:
     """(height, width, 3) uint8: for each clip the last frame of every chunk, real above open loop; then the long run."""
-    rows = []
-    for clip in range(len(report.pictures["real"])):
-        for name in ("real", "open_loop"):
-            rows.append(np.concatenate(list(report.pictures[name][clip, :, -1]), axis=1))
-        rows.append(np.full((4, rows[0].shape[1], 3), 160, dtype=np.uint8))
-    for strip in report.pictures.get("endurance", []):
-        line = np.concatenate(list(strip), axis=1)[:, : rows[0].shape[1]]
-        rows.append(
-            np.pad(line, ((0, 0), (0, rows[0].shape[1] - line.shape[1]), (0, 0)), constant_values=160)
-        )
-    sheet = np.concatenate(rows)
-    return np.repeat(np.repeat(sheet, scale, axis=0), scale, axis=1)
+    blocks = []
+    for clip, (real, imagined) in enumerate(
+        zip(report.pictures["real"], report.pictures["open_loop"], strict=True)
+    ):
+        title = f"Clip {clip + 1}: chunks after {report.numbers['context_chunks']} real ones, same actions"
+        times = [f"+{t + 1}" for t in range(len(real))]
+        blocks.append(_block(title, times, {"real": real[:, -1], "imagined": imagined[:, -1]}, scale))
+    if "endurance" in report.pictures:
+        strips = {f"run {row + 1}": strip for row, strip in enumerate(report.pictures["endurance"])}
+        chunks, shown = report.numbers["endurance"]["chunks"], report.pictures["endurance"].shape[1]
+        title = f"{chunks} chunks of open loop under random actions, from the first to the last: all imagined"
+        blocks.append(_block(title, ["+1", *[""] * (shown - 2), f"+{chunks}"][-shown:], strips, scale))
+    width = max(block.shape[1] for block in blocks)
+    return np.concatenate(
+        [np.pad(b, ((0, 0), (0, width - b.shape[1]), (0, 0)), constant_values=PAPER) for b in blocks]
+    )
+
+
+def _block(title: str, times: list[str], strips: dict[str, np.ndarray], scale: int) -> np.ndarray:
+    """Strips (T, height, width, 3) uint8 one below the other, enlarged, with their names and times in the margins."""
+    height, width = (scale * side for side in next(iter(strips.values())).shape[1:3])
+    size = (BAND + len(strips) * height, MARGIN + len(times) * width, 3)
+    block = np.full(size, PAPER, dtype=np.uint8)
+    block[0] = INK
+    _write(block, title, MARGIN, 15)
+    for column, time in enumerate(times):
+        _write(block, time, MARGIN + column * width + 2, BAND - 4)
+    for row, (name, strip) in enumerate(strips.items()):
+        top = BAND + row * height
+        large = np.repeat(np.repeat(np.concatenate(list(strip), axis=1), scale, axis=0), scale, axis=1)
+        block[top : top + height, MARGIN:] = large
+        _write(block, name, 4, top + height // 2 + 5)
+    return block
+
+
+def _write(picture: np.ndarray, text: str, x: int, y: int) -> None:
+    cv2.putText(picture, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.45, INK, 1, cv2.LINE_AA)
 
 
 def write_sheet(path: Path, picture: np.ndarray) -> None:

@@ -17,11 +17,13 @@ import cv2
 import numpy as np
 from gymnasium import spaces
 
-from worldmodel.errors import DataError
+from worldmodel.condition.spaces import pack_actions, space_from_json
+from worldmodel.errors import ConfigError, DataError, InputError
 from worldmodel.files import read_json
 
 VIDEOS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
 ACTIONS = (".npy", ".csv", ".json")
+GIVEN = "action_space.json"
 
 
 class Clip(NamedTuple):
@@ -73,11 +75,14 @@ def open_source(name: str, camera: str | None = None) -> Source:
 
 
 def space_of(arrays: Sequence[np.ndarray], where: str) -> spaces.Space[Any]:
-    """The space of actions (T, ...) seen in all clips: Discrete or MultiDiscrete for integers, else their bounding Box.
+    """The space of actions (T, ...) of all clips: what ``action_space.json`` in the folder ``where`` says; without one as
+    seen, Discrete or MultiDiscrete for integers, else their bounding Box.
 
     Raises:
-        DataError: shapes that differ, numbers below 0 where they count, or that are not finite.
+        DataError: shapes that differ, numbers below 0 where they count, that are not finite, or outside the given space.
     """
+    if (Path(where) / GIVEN).is_file():
+        return _given_space(Path(where) / GIVEN, arrays)
     if len({a.shape[1:] for a in arrays}) != 1:
         raise DataError(f"{where}: actions of clips differ in shape: {sorted({a.shape[1:] for a in arrays})}")
     together = np.concatenate(arrays)
@@ -93,6 +98,19 @@ def space_of(arrays: Sequence[np.ndarray], where: str) -> spaces.Space[Any]:
     low, high = low.astype(np.float32), high.astype(np.float32)
     flat = high == low
     return spaces.Box(np.where(flat, low - 1, low), np.where(flat, high + 1, high), dtype=np.float32)
+
+
+def _given_space(file: Path, arrays: Sequence[np.ndarray]) -> spaces.Space[Any]:
+    """The space that `space_to_json` wrote, once all actions are known to be in it."""
+    try:
+        space = space_from_json(read_json(file))
+        for actions in arrays:
+            pack_actions(space, actions.reshape(len(actions), *(space.shape or ())), len(actions))
+    except (ConfigError, InputError, ValueError) as error:
+        raise DataError(
+            f"{file} does not describe these actions: {error}; correct it, or delete it to take the bounds of the data"
+        ) from error
+    return space
 
 
 # ---- Minari -----------------------------------------------------------------------------------------------------------

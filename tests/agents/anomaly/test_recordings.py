@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from gymnasium import spaces
 from typer.testing import CliRunner
 
 from agents import AnomalyMonitor, Clip, MonitoredEnv
@@ -22,6 +23,7 @@ from envs.recorder import write_video
 from tests.toy import write_toy
 from worldmodel import DataError, InputError, WorldModel
 from worldmodel.cli import app
+from worldmodel.condition.spaces import space_to_json
 from worldmodel.files import config_to_dict
 from worldmodel.training.collect import CollectConfig, collect
 from worldmodel.training.episodes import EpisodeDataset
@@ -123,6 +125,18 @@ def test_fresh_episodes_are_kept_in_the_cache_folder(
         prepare_monitor(own, None, None, actions=True)
 
 
+def test_an_alpha_that_cannot_be_had_is_refused_before_anything_is_collected(
+    folder: Path, world: WorldModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agents.anomaly.recordings.held_out_dataset", None)
+    monkeypatch.setattr("agents.anomaly.recordings._identity", None)
+    for calibration in (None, folder / "normal"):
+        with pytest.raises(InputError, match="alpha is 2"):
+            prepare_monitor(world, calibration, 2.0, actions=True)
+    with pytest.raises(InputError, match=r"alpha 0\.001 needs at least 999"):
+        prepare_monitor(world, None, 0.001, actions=True)
+
+
 def test_sources_that_are_refused(folder: Path, world: WorldModel, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no directory of episodes"):
         read_source(tmp_path, world)
@@ -136,6 +150,13 @@ def test_sources_that_are_refused(folder: Path, world: WorldModel, tmp_path: Pat
     info = json.loads((tmp_path / "small" / "dataset.json").read_text())
     (tmp_path / "small" / "dataset.json").write_text(json.dumps({**info, "frame_size": [16, 16]}))
     with pytest.raises(DataError, match=r"frames \(16, 16\)"):
+        read_source(tmp_path / "small", world)
+    other = {**info, "action_space": space_to_json(spaces.Box(-2, 2, (1,)))}
+    (tmp_path / "small" / "dataset.json").write_text(json.dumps(other))
+    takes = (
+        r"of CartPole-v1 have actions Box\(.*\), the world toy takes Discrete\(2\); give --world a world of"
+    )
+    with pytest.raises(DataError, match=takes):
         read_source(tmp_path / "small", world)
     done = CliRunner().invoke(app, ["monitor", str(tmp_path / "nowhere")])
     assert done.exit_code == 1

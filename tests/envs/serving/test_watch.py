@@ -100,6 +100,20 @@ def test_a_view_carries_frames_step_action_and_likelihood(env: RemoteEnv) -> Non
     assert pictures[:, 384:].any()
 
 
+@pytest.mark.parametrize(
+    ("action", "shown"),
+    [
+        ("[-1.2688051462173462]", "[-1.27]"),
+        ('{"n": 12345, "a": 3.3333e-8}', '{"n": 12345, "a": 3.3...'),
+        ('"turn 1.23456 degrees"', '"turn 1.23456 degrees"'),
+        (None, "-"),
+    ],
+)
+def test_actions_are_shown_to_three_digits(action: str | None, shown: str) -> None:
+    view = View(np.zeros((1, 8, 8, 3), np.uint8), 1, 1, action, 0.0, False, 0.0, 0.0, "toy", 20.0)
+    assert view.caption()[0].endswith(f"action {shown}")
+
+
 def test_a_slow_viewer_gets_the_newest_and_skips_the_rest(env: RemoteEnv) -> None:
     with viewer(env) as slow:
         first = seen(slow.next())
