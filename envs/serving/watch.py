@@ -79,7 +79,8 @@ def _short(action: str | None) -> str:
     """With three significant digits, in at most 24 characters."""
     if action is None:
         return "-"
-    action = json.dumps(json.loads(action, parse_float=lambda number: float(f"{float(number):.3g}")))
+    with contextlib.suppress(ValueError):  # else as it came
+        action = json.dumps(json.loads(action, parse_float=lambda number: float(f"{float(number):.3g}")))
     return action if len(action) <= 24 else action[:21] + "..."
 
 
