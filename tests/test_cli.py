@@ -75,7 +75,7 @@ def run_here(
         (("evaluate", "--out", "{file}/report"), 1, "cannot write into"),
         (("collect", "CartPole-v1", "--policy", "random=nan"), 1, "each with a finite share above 0"),
         (("collect", "CartPole-v1", "--seed", "-1"), 1, "seed is -1, expected at least 0"),
-        (("collect", "CartPole-v1", "--frame-size", "0"), 1, "frame_size and workers must be at least 1"),
+        (("collect", "CartPole-v1", "--frame-size", "0"), 1, "frame_size is (0, 0), expected at least 1"),
         (("finetune", "pendulum", "--data", "x", "--out", "y", "--lr", "nan"), 1, "lr finite"),
         (("finetune", "pendulum", "--data", "x", "--out", "y", "--seed", "-1"), 1, "seed is -1"),
         (("finetune", "pendulum", "--data", "x", "--out", "{file}/y"), 1, "cannot write into"),

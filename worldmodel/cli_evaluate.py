@@ -35,7 +35,8 @@ evaluate_app = typer.Typer(
 def evaluate_agents(
     world: World = "pendulum",
     out: Annotated[
-        Path | None, typer.Option(help="Where JSON and plots go; default evaluation/NAME-agents.")
+        Path | None,
+        typer.Option(help="Where JSON and plots go; default evaluation/NAME-agents, or beside it."),
     ] = None,
     only: Annotated[
         list[str] | None,
@@ -63,10 +64,12 @@ def evaluate_agents(
     from agents.evaluation.sections import evaluate_agents as run
     from agents.evaluation.sections import summary
     from agents.evaluation.trial import TrialConfig
+    from worldmodel.training.evaluate import own_folder
 
     model = load(world, device)
     config = TrialConfig(starts, chunks, preset, clips, policy_chunks)
-    folder = out or Path("evaluation") / f"{model.spec.name}-agents"
+    usual = Path("evaluation") / f"{model.spec.name}-agents"
+    folder = out or own_folder(usual, "agents.json", model.fingerprint)
     sections = [name for text in only or () if text for name in text.split(",")]
     numbers = run(model, folder, config, sections)
     print(json.dumps(numbers, indent=2) if as_json else summary(numbers))
@@ -81,7 +84,11 @@ def evaluate(
         typer.Option(help="Real episodes; default: fresh ones are collected, with a seed of their own."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where JSON and plots go; default evaluation/NAME.")
+        Path | None,
+        typer.Option(
+            help="Where JSON and plots go; default evaluation/NAME, or where another world's are there, "
+            "evaluation/NAME-FINGERPRINT."
+        ),
     ] = None,
     clips: Annotated[int, typer.Option(help="Held-out clips, one an episode.")] = 90,
     horizon: Annotated[int, typer.Option(help="Chunks imagined and judged.")] = 16,
@@ -93,12 +100,13 @@ def evaluate(
     from worldmodel.files import writable
     from worldmodel.training.episodes import EpisodeDataset
     from worldmodel.training.evaluate import evaluate as run
-    from worldmodel.training.evaluate import held_out_dataset, summary
+    from worldmodel.training.evaluate import held_out_dataset, own_folder, summary
     from worldmodel.training.measure import EvaluateConfig
 
     config = EvaluateConfig(horizon=horizon, clips=clips, long_horizon=long_horizon)
     model = load(world, device)
-    folder = out or Path("evaluation") / model.spec.name
+    usual = Path("evaluation") / model.spec.name
+    folder = out or own_folder(usual, "evaluation.json", model.fingerprint)
     if data is None:
         writable(folder)  # before episodes are collected
     dataset = EpisodeDataset.open(data) if data else held_out_dataset(model, clips)

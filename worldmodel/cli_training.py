@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -30,6 +31,9 @@ def collect(
         list[str] | None, typer.Option(help="Attribute of the simulator to set to None while filming.")
     ] = None,
     frame_size: Annotated[int | None, typer.Option(help="Height and width of the frames in pixels.")] = None,
+    frame_skip: Annotated[
+        int | None, typer.Option(help="Steps of the simulator that an action is held for, a frame each.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed; a recipe's further collections take the next.")
     ] = None,
@@ -48,6 +52,7 @@ def collect(
     folder = out or Path("data") / name
     todo = load_recipe(recipe).collections(folder) if named else {folder: CollectConfig(env=recipe)}
     changes: dict[str, Any] = {"episodes": episodes, "chunks": chunks, "workers": workers}
+    changes["frame_skip"] = frame_skip
     changes["hide"] = tuple(hide) if hide else None
     changes["frame_size"] = None if frame_size is None else (frame_size, frame_size)
     changes["policies"] = tuple(PolicyShare(*_share(p)) for p in policy) if policy else None
@@ -55,7 +60,7 @@ def collect(
         changes["seed"] = None if seed is None else seed + number
         config = replace(config, **{k: v for k, v in changes.items() if v is not None})
         run(config, place)
-        print(f"{config.episodes} episodes in {place}")
+        print(f"{config.episodes} episode{'s' * (config.episodes > 1)} in {place}")
 
 
 def _share(text: str) -> tuple[str, float]:
@@ -114,7 +119,7 @@ def train(
     with Ranks.joined() as ranks:
         world = train_world(chosen, data, run, out, until, ranks)
     if ranks.first:
-        done = f"world written to {out}; look at it with: worldmodel info {out}"
+        done = f"world written to {out}; look at it with: worldmodel info {quote(str(out))}"
         print(done if world else f"{until} done, in {run}")
 
 
@@ -168,7 +173,7 @@ def finetune(
     with Ranks.joined() as ranks:
         tuned = train_further(world, data, folder, out, config, camera, ranks=ranks)
     if tuned is not None:
-        print(f"world written to {out}; look at it with: worldmodel info {out}")
+        print(f"world written to {out}; look at it with: worldmodel info {quote(str(out))}")
         for name, values in tuned.spec.quality.items():
             print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
 

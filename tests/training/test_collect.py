@@ -197,10 +197,12 @@ def test_wrong_settings_are_refused(tmp_path: Path) -> None:
         replace(CARTPOLE, policies=(PolicyShare("swim"),))
     with pytest.raises(ConfigError, match="no wide start for CartPole-v1"):
         replace(CARTPOLE, wide_starts=0.5)
-    with pytest.raises(ConfigError, match="at least 1"):
-        replace(CARTPOLE, episodes=0)
-    with pytest.raises(ConfigError, match="cannot make NoSuch-v0"):
-        collect(replace(CARTPOLE, env="NoSuch-v0"), tmp_path)
+    for name, value in (("episodes", 0), ("frame_size", (0, 0))):
+        with pytest.raises(ConfigError, match=f"{name} is .*0.*, expected at least 1"):
+            replace(CARTPOLE, **{name: value})  # type: ignore[arg-type]
+    for unknown in ("NoSuch-v0", "nobodys/NoSuch-v0", "recipe.json"):
+        with pytest.raises(ConfigError, match=f"cannot make {unknown}.*give module:NAME-v0.*recipe file"):
+            collect(replace(CARTPOLE, env=unknown), tmp_path)
     for name in ("pendulum_swing", "lunar_lander"):
         with pytest.raises(ConfigError, match=f"the policy '{name}' is for another environment"):
             collect(replace(CARTPOLE, policies=(PolicyShare(name),)), tmp_path)

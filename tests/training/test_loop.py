@@ -188,7 +188,8 @@ def test_other_settings_or_models_or_files_are_refused(tmp_path: Path) -> None:
         {"lr": math.nan},
         {"seed": -1},
     ],
+    ids=str,
 )
 def test_wrong_settings_are_refused(change: dict[str, object]) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=next(iter(change))):
         replace(CONFIG, **change)  # type: ignore[arg-type]

@@ -17,14 +17,14 @@ import torch
 from worldmodel.checkpoint import read_world
 from worldmodel.codec.conv import ConvCodecConfig
 from worldmodel.errors import CheckpointError, ConfigError, DataError
-from worldmodel.files import config_from_dict, load_tensors
+from worldmodel.files import config_from_dict, load_tensors, write_json
 from worldmodel.flow.flow import FlowConfig
 from worldmodel.packed import narrow
 from worldmodel.training import provenance
 from worldmodel.training.codec import CodecTraining, load_latents
 from worldmodel.training.collect import CollectConfig, PolicyShare, collect
 from worldmodel.training.episodes import EpisodeDataset
-from worldmodel.training.evaluate import evaluate, held_out_clips, summary
+from worldmodel.training.evaluate import evaluate, held_out_clips, own_folder, summary
 from worldmodel.training.export import train_world
 from worldmodel.training.flow import FlowStage, FlowTraining, Latents
 from worldmodel.training.heads import HeadsTraining
@@ -159,6 +159,23 @@ def test_a_recipe_that_is_none_is_named(made: tuple[Recipe, Path], tmp_path: Pat
     file.write_text(json.dumps(content))
     with pytest.raises(DataError, match="provenance.recipe"):
         held_out_clips(EpisodeDataset.open(made[1] / "data"), WorldModel.load(tmp_path / "world"), 6, 1)
+
+
+def test_where_an_evaluation_goes(tmp_path: Path) -> None:
+    """Where another world's is, beside it; a broken file is nobody's."""
+    usual, note = tmp_path / "cart", tmp_path / "cart" / "evaluation.json"
+    assert own_folder(usual, note.name, "abcdefghij") == usual and not usual.exists()
+    write_json(note, {"fingerprint": "abcdefghij"})
+    assert own_folder(usual, note.name, "abcdefghij") == usual
+    assert own_folder(usual, note.name, "0123456789") == tmp_path / "cart-01234567"
+    note.write_text("{")
+    assert own_folder(usual, note.name, "0123456789") == usual
+
+
+def test_too_long_a_horizon_is_told_with_what_there_is(made: tuple[Recipe, Path]) -> None:
+    world = WorldModel.load(made[1] / "world")
+    with pytest.raises(DataError, match="has 99 chunks.*the longest has 8; lower --horizon"):
+        held_out_clips(EpisodeDataset.open(made[1] / "data"), world, 99, 1)
 
 
 def test_a_round_of_another_shape_is_refused() -> None:

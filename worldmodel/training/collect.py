@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from worldmodel.condition.spaces import space_to_json
 from worldmodel.errors import ConfigError, DataError
-from worldmodel.files import config_to_dict, read_json, remove_leftovers, write_json
+from worldmodel.files import config_to_dict, read_json, remove_leftovers, require_at_least, write_json
 from worldmodel.training.episodes import FORMAT_VERSION, Episode, episode_path, save_episode
 from worldmodel.training.policies import POLICIES, WIDE_STARTS, make_policy
 
@@ -63,8 +63,7 @@ class CollectConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be used."""
-        if min(self.episodes, self.chunks, self.frame_skip, self.workers, *self.frame_size) < 1:
-            raise ConfigError("episodes, chunks, frame_skip, frame_size and workers must be at least 1")
+        require_at_least(1, self, "episodes", "chunks", "frame_skip", "frame_size", "workers")
         if not self.policies or not all(0 < policy.share < math.inf for policy in self.policies):
             raise ConfigError("policies must name at least one policy, each with a finite share above 0")
         if self.seed < 0:
@@ -210,6 +209,10 @@ def _make(config: CollectConfig) -> gymnasium.Env[Any, Any]:
         )
     except (gymnasium.error.Error, ImportError, TypeError) as error:
         reason = " ".join(str(error).split())
+        if isinstance(error, gymnasium.error.NameNotFound | gymnasium.error.NamespaceNotFound):
+            reason += (
+                " (give module:NAME-v0 if a module registers it, or a recipe, or a recipe file that is there)"
+            )
         raise ConfigError(f"cannot make {config.env} with render_mode rgb_array: {reason}") from error
 
 

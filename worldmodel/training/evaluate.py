@@ -11,8 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from worldmodel.condition.spaces import packed_size
-from worldmodel.errors import DataError
-from worldmodel.files import config_from_dict, config_to_dict, finite, writable, write_json
+from worldmodel.errors import CheckpointError, DataError
+from worldmodel.files import config_from_dict, config_to_dict, finite, read_json, writable, write_json
 from worldmodel.published import cache_folder
 from worldmodel.training.collect import CollectConfig, collect
 from worldmodel.training.episodes import EpisodeDataset, EpisodeSplit, Windows
@@ -52,7 +52,10 @@ def held_out_clips(
             place = 0 if from_start else int(rng.integers(chunks - length + 1))
             windows.append(split.window(index, place, length))
     if not windows:
-        raise DataError(f"{dataset.folder}: no held-out episode has {length} chunks; collect longer episodes")
+        raise DataError(
+            f"{dataset.folder}: no held-out episode has {length} chunks, the context among them, and the "
+            f"longest has {max(split.lengths)}; lower --horizon, or collect longer episodes"
+        )
     arrays = ("frames", "actions", "rewards", "terminated", "observations")
     policies = np.array([str(dataset.episode(int(w.episode[0])).meta.get("policy")) for w in windows])
     return Clips(
@@ -100,6 +103,16 @@ def evaluate(
     write_json(folder / "evaluation.json", finite(report.numbers))
     plot_report(report, folder)
     return report.numbers
+
+
+def own_folder(folder: Path, note: str, fingerprint: str) -> Path:
+    """``folder``, or one beside it where ``note`` in it tells the figures of a world of other weights."""
+    try:
+        told = read_json(folder / note)
+    except CheckpointError:
+        return folder
+    theirs = isinstance(told, dict) and told.get("fingerprint") not in (None, fingerprint)
+    return folder.with_name(f"{folder.name}-{fingerprint[:8]}") if theirs else folder
 
 
 def held_out_dataset(world: WorldModel, episodes: int) -> EpisodeDataset:

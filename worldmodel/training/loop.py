@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from worldmodel.errors import CheckpointError, ConfigError, TrainingError, WorldModelError
-from worldmodel.files import load_metadata, load_tensors, save_tensors
+from worldmodel.files import load_metadata, load_tensors, require_at_least, save_tensors
 from worldmodel.training.parallel import (
     ALONE,
     Ranks,
@@ -73,8 +73,11 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be used."""
-        if self.steps < 1 or not 0 < self.lr < math.inf or not self.clip > 0 or not 0 <= self.ema < 1:
-            raise ConfigError("steps, lr and clip must be above 0, lr finite, and ema in [0, 1)")
+        require_at_least(1, self, "steps")
+        if not 0 < self.lr < math.inf or not self.clip > 0:
+            raise ConfigError(f"lr is {self.lr:g} and clip {self.clip:g}, expected above 0, and lr finite")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema is {self.ema:g}, expected a share from 0 to below 1")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}, expected at least 0")
         if self.minutes is not None and not self.minutes > 0:

@@ -296,5 +296,6 @@ def load_recipe(name: str) -> Recipe:
     if Path(name).is_dir():
         return general(Path(name))
     raise ConfigError(
-        f"no recipe {name!r}; give a folder of collected episodes, a JSON file or one of: {', '.join(RECIPES)}"
+        f"no recipe {name!r}; give a folder of episodes (worldmodel collect ENVIRONMENT makes one), a JSON file or one of: "
+        + ", ".join(RECIPES)
     )
