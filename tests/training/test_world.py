@@ -226,6 +226,42 @@ def test_places_that_cannot_be_written_are_told_before_any_training(
     assert not list(tmp_path.rglob("codec"))
 
 
+def test_a_folder_that_holds_anything_else_is_refused_before_any_training(
+    made: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, root = made
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    for out, told in (
+        (tmp_path / "mine", r"holds other files .README.md.; choose another --out"),
+        (root / "data", "holds other files .dataset.json, episodes, further3."),
+        (root / "world", "holds another world; choose another --out"),
+        (tmp_path, "is where the run lies"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            train_world(recipe, root / "data", tmp_path / "run", out)
+    assert not (tmp_path / "run").exists() and (tmp_path / "mine" / "README.md").read_text() == "mine"
+
+
+def test_a_run_writes_again_over_its_own_world_and_over_the_half_of_it(
+    made: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, root = made
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("worldmodel.checkpoint.write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_world(recipe, root / "data", root / "run", tmp_path / "out")
+    assert (tmp_path / "out" / "flow.safetensors").is_file()
+    for starts in (3, 2):
+        again = replace(recipe, starts=starts)
+        train_world(again, root / "data", root / "run", tmp_path / "out")
+        assert len(read_world(tmp_path / "out").starts["frames"]) == starts
+
+
 def test_windows_longer_than_every_episode_are_refused_before_the_codec_trains(
     made: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
