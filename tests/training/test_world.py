@@ -23,7 +23,7 @@ from worldmodel.packed import narrow
 from worldmodel.training import provenance
 from worldmodel.training.codec import CodecTraining, load_latents
 from worldmodel.training.collect import CollectConfig, PolicyShare, collect
-from worldmodel.training.episodes import EpisodeDataset
+from worldmodel.training.episodes import EpisodeDataset, episode_path, load_episode, save_episode
 from worldmodel.training.evaluate import evaluate, held_out_clips, summary
 from worldmodel.training.export import train_world
 from worldmodel.training.flow import FlowStage, FlowTraining, Latents
@@ -270,6 +270,19 @@ def test_windows_longer_than_every_episode_are_refused_before_the_codec_trains(
     long = replace(recipe, flow=replace(recipe.flow, model=model, length=9), further=())
     with pytest.raises(DataError, match="no episode to train on has the 9 chunks of flow.length"):
         train_world(long, root / "data", tmp_path / "run", tmp_path / "world")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rewards_that_are_not_finite_are_refused_before_the_codec_trains(
+    made: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, root = made
+    shutil.copytree(root / "data", tmp_path / "data")
+    path = episode_path(tmp_path / "data", 19)
+    episode = load_episode(path, 4)
+    save_episode(path, episode._replace(rewards=np.full_like(episode.rewards, np.nan)))
+    with pytest.raises(DataError, match="000019.npz: chunk 0 has the reward nan"):
+        train_world(recipe, tmp_path / "data", tmp_path / "run", tmp_path / "world")
     assert not (tmp_path / "run").exists()
 
 

@@ -150,14 +150,16 @@ def noted(write: Callable[[], None], out: Path, run: Path) -> WorldModel:
 
 def _plan(recipe: Recipe, data: Path, run: Path) -> list[_Planned]:
     plan: list[_Planned] = []
-    codec, datasets = run / "codec", list[EpisodeDataset]()
+    codec, datasets, longest = run / "codec", list[EpisodeDataset](), 0
     for number, each in enumerate(recipe.rounds):
         folder = round_folder(run, number)
         codec = folder / "codec" if each.codec is not None else codec
         if each.collect is not None:
-            datasets.append(EpisodeDataset.open(round_folder(data, number)))
+            dataset = EpisodeDataset.open(round_folder(data, number))
+            datasets.append(dataset)
+            longest = max(longest, *dataset.lengths()[: split_indices(dataset.episodes, "train").stop])
         plan.append(_Planned(each, folder, codec, tuple(datasets)))
-        if not any(d.has_window(each.flow.length) for d in datasets):
+        if longest < each.flow.length:
             raise DataError(
                 f"{data}: no episode to train on has the {each.flow.length} chunks of flow.length; lower it in the "
                 "recipe, or collect longer episodes"
