@@ -487,3 +487,19 @@ def test_picture_metrics_and_intervals() -> None:
     true = rng.normal(size=(20, 5))
     assert r_squared(true, true, config)["r2"] == 1.0
     assert r_squared(np.full_like(true, true.mean()), true, config)["r2"] == pytest.approx(0.0)
+    once = np.zeros((2, 5))
+    once[0, 0] = 1.0  # half of the resamples have no reward that varies
+    assert -1.0 < r_squared(np.full_like(once, 0.1), once, config)["low"] <= 0.0  # type: ignore[operator]
+
+
+def test_a_reward_that_never_varies_has_no_r2(made: tuple[Recipe, Path], tmp_path: Path) -> None:
+    shutil.copytree(made[1] / "data", tmp_path / "data")
+    for path in (tmp_path / "data" / "episodes").iterdir():
+        episode = load_episode(path, 4)
+        save_episode(path, episode._replace(rewards=np.full_like(episode.rewards, 0.1)))
+    config = EvaluateConfig(context=2, horizon=4, long_horizon=0, bootstrap=20)
+    world, data = WorldModel.load(made[1] / "world"), EpisodeDataset.open(tmp_path / "data")
+    numbers = evaluate(world, data, tmp_path / "out", config)
+    for reward in (numbers["likelihood"]["reward"], numbers["pictures"]["open_loop"]["reward"]):
+        assert reward["r2"] is reward["low"] is reward["high"] is None
+    assert "teacher-forced n/a: the reward never varies, open loop n/a" in summary(numbers)

@@ -16,7 +16,15 @@ from worldmodel.files import config_from_dict, config_to_dict, finite, writable,
 from worldmodel.published import cache_folder
 from worldmodel.training.collect import CollectConfig, collect
 from worldmodel.training.episodes import EpisodeDataset, EpisodeSplit, Windows
-from worldmodel.training.measure import Clips, EvaluateConfig, Report, endurance, likelihoods, pictures
+from worldmodel.training.measure import (
+    Clips,
+    EvaluateConfig,
+    Report,
+    endurance,
+    likelihoods,
+    pictures,
+    shown_r2,
+)
 from worldmodel.training.plots import plot_report
 from worldmodel.training.provenance import first_held_out
 from worldmodel.training.provenance import git_revision as git_revision
@@ -138,7 +146,7 @@ def summary(numbers: dict[str, Any]) -> str:
             f"(floor {likelihood['noise_floor']:.3f})"
         )
     lines.append(
-        f"reward R2: teacher-forced {likelihood['reward']['r2']:.4f}, open loop {ways['open_loop']['reward']['r2']:.4f}"
+        f"reward R2: teacher-forced {shown_r2(likelihood['reward'])}, open loop {shown_r2(ways['open_loop']['reward'])}"
     )
     lines.append(f"codec: {ways['codec_only']['psnr_of_mean_error']:.2f} dB")
 
