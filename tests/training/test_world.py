@@ -286,6 +286,23 @@ def test_rewards_that_are_not_finite_are_refused_before_the_codec_trains(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["env", "env_kwargs", "frame_skip"])
+def test_episodes_of_another_environment_than_the_recipes_are_refused(
+    made: tuple[Recipe, Path], tmp_path: Path, name: str
+) -> None:
+    recipe, root = made
+    shutil.copytree(root / "data", tmp_path / "data")
+    file = tmp_path / "data" / "further3" / "dataset.json"
+    info = json.loads(file.read_text())
+    info["collect"][name] = {"env": "CartPole-v1", "env_kwargs": {"g": 9.0}, "frame_skip": 2}[name]
+    file.write_text(json.dumps(info))
+    with pytest.raises(ConfigError, match=f"further3 was collected with {name} .*, the recipe's is "):
+        train_world(recipe, tmp_path / "data", tmp_path / "run", tmp_path / "world")
+    del info["collect"][name]  # not told
+    file.write_text(json.dumps(info))
+    assert train_world(recipe, tmp_path / "data", tmp_path / "run", tmp_path / "world", "codec") is None
+
+
 def test_evaluation_is_complete_and_on_held_out_episodes(made: tuple[Recipe, Path]) -> None:
     _, root = made
     config = EvaluateConfig(context=2, horizon=4, long_horizon=10, bootstrap=50)

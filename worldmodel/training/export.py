@@ -19,6 +19,7 @@ from worldmodel.files import config_to_dict, different, read_json, remove_leftov
 from worldmodel.flow.flow import Flow
 from worldmodel.heads import Heads
 from worldmodel.training.codec import encode_dataset, load_latents, load_trained_codec, train_codec
+from worldmodel.training.collect import CollectConfig
 from worldmodel.training.episodes import EpisodeDataset, split_indices
 from worldmodel.training.flow import Latents, train_flow
 from worldmodel.training.heads import train_heads
@@ -60,8 +61,8 @@ def train_world(
     Returns the world, or None where ``until`` ends before the heads, and on every rank but the first.
 
     Raises:
-        ConfigError: ``until`` is no stage, ``run`` was made from another recipe or other data, or ``out`` holds anything
-            that ``run`` did not write.
+        ConfigError: ``until`` is no stage, the data is of another environment than the recipe, ``run`` was made from
+            another recipe or other data, or ``out`` holds anything that ``run`` did not write.
         CheckpointError: ``run`` or ``out`` cannot be written.
         DataError: the dataset does not fit the recipe. Interrupted: by a signal.
     """
@@ -156,6 +157,7 @@ def _plan(recipe: Recipe, data: Path, run: Path) -> list[_Planned]:
         codec = folder / "codec" if each.codec is not None else codec
         if each.collect is not None:
             dataset = EpisodeDataset.open(round_folder(data, number))
+            _check_environment(dataset, each.collect)
             datasets.append(dataset)
             longest = max(longest, *dataset.lengths()[: split_indices(dataset.episodes, "train").stop])
         plan.append(_Planned(each, folder, codec, tuple(datasets)))
@@ -165,6 +167,17 @@ def _plan(recipe: Recipe, data: Path, run: Path) -> list[_Planned]:
                 "recipe, or collect longer episodes"
             )
     return plan
+
+
+def _check_environment(dataset: EpisodeDataset, collect: CollectConfig) -> None:
+    """Raises ConfigError for episodes of another environment than the recipe's, as far as they tell theirs."""
+    recipe, told = config_to_dict(collect), dataset.collected
+    for name in ("env", "env_kwargs", "frame_skip"):
+        if name in told and told[name] != recipe[name]:
+            raise ConfigError(
+                f"{dataset.folder} was collected with {name} {told[name]}, the recipe's is {recipe[name]}; give other "
+                "--data, or another recipe"
+            )
 
 
 def _check_run(recipe: Recipe, plan: list[_Planned], run: Path) -> None:
