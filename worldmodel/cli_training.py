@@ -41,6 +41,7 @@ def collect(
     """
     from worldmodel.training.collect import CollectConfig, PolicyShare
     from worldmodel.training.collect import collect as run
+    from worldmodel.training.episodes import counted
     from worldmodel.training.recipes import RECIPES, load_recipe
 
     named = recipe in RECIPES or Path(recipe).is_file()
@@ -55,7 +56,7 @@ def collect(
         changes["seed"] = None if seed is None else seed + number
         config = replace(config, **{k: v for k, v in changes.items() if v is not None})
         run(config, place)
-        print(f"{config.episodes} episodes in {place}")
+        print(f"{counted(config.episodes)} in {place}")
 
 
 def _share(text: str) -> tuple[str, float]:

@@ -303,6 +303,18 @@ def test_episodes_of_another_environment_than_the_recipes_are_refused(
     assert train_world(recipe, tmp_path / "data", tmp_path / "run", tmp_path / "world", "codec") is None
 
 
+def test_too_few_episodes_are_told_before_any_training(tmp_path: Path) -> None:
+    recipe = replace(small_recipe(), further=())
+    collect(replace(recipe.collect, episodes=1), tmp_path / "data")
+    with pytest.raises(
+        DataError, match="has 1 episode, too few for a test split; collect --episodes 2 or more"
+    ):
+        train_world(recipe, tmp_path / "data", tmp_path / "run", tmp_path / "world")
+    assert not (tmp_path / "run").exists()
+    collect(replace(recipe.collect, episodes=2), tmp_path / "data")
+    assert train_world(recipe, tmp_path / "data", tmp_path / "run", tmp_path / "world") is not None
+
+
 def test_evaluation_is_complete_and_on_held_out_episodes(made: tuple[Recipe, Path]) -> None:
     _, root = made
     config = EvaluateConfig(context=2, horizon=4, long_horizon=10, bootstrap=50)
@@ -345,7 +357,7 @@ def test_what_was_trained_on_is_told_by_the_datasets_and_not_by_the_recipe(
     assert len(held_out_clips(first, world, 6, 99).frames) == 2
     assert len(held_out_clips(EpisodeDataset.open(root / "data"), world, 6, 99).frames) == 20
     collect(replace(recipe.collect, seed=7, episodes=3), tmp_path / "few")
-    with pytest.raises(DataError, match="was trained on these 3 episodes, so none is held out"):
+    with pytest.raises(DataError, match="was trained on 3 episodes of it, so none is held out"):
         held_out_clips(EpisodeDataset.open(tmp_path / "few"), world, 6, 99)
 
 

@@ -161,6 +161,11 @@ def split_indices(episodes: int, name: SplitName) -> range:
     return range(starts[name], ends[name])
 
 
+def counted(episodes: int) -> str:
+    """A number of episodes, for a reader."""
+    return f"{episodes} episode{'' if episodes == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class EpisodeDataset:
     """A folder of episodes, with its description (`dataset.json`) read and its files present."""
@@ -231,15 +236,24 @@ class EpisodeDataset:
             counts.append(len(rewards))
         return np.array(counts)
 
+    def indices(self, name: SplitName) -> range:
+        """The episodes of a split. Raises DataError where it has none."""
+        found = split_indices(self.episodes, name)
+        if not found:
+            enough = next(n for n in range(1, 4) if split_indices(n, name))
+            raise DataError(
+                f"{self.folder} has {counted(self.episodes)}, too few for a {name} split; "
+                f"collect --episodes {enough} or more"
+            )
+        return found
+
     def split(self, name: SplitName, in_memory: bool = True) -> EpisodeSplit:
         """A split to sample from; ``in_memory`` reads all its episodes now (uint8).
 
         Raises:
             DataError: the split is empty, or an episode cannot be read.
         """
-        indices = split_indices(self.episodes, name)
-        if not indices:
-            raise DataError(f"{self.folder} has {self.episodes} episodes, too few for a {name} split")
+        indices = self.indices(name)
         if in_memory:
             bar = tqdm(indices, desc=f"load {name}", unit="episode", delay=2, leave=False)
             return EpisodeSplit(

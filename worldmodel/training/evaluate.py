@@ -15,7 +15,7 @@ from worldmodel.errors import DataError
 from worldmodel.files import config_from_dict, config_to_dict, finite, writable, write_json
 from worldmodel.published import cache_folder
 from worldmodel.training.collect import CollectConfig, collect
-from worldmodel.training.episodes import EpisodeDataset, EpisodeSplit, Windows
+from worldmodel.training.episodes import EpisodeDataset, EpisodeSplit, Windows, counted
 from worldmodel.training.measure import (
     Clips,
     EvaluateConfig,
@@ -48,7 +48,7 @@ def held_out_clips(
     indices = range(first_held_out(world.spec, dataset), dataset.episodes)
     if not indices:
         raise DataError(
-            f"{dataset.folder}: {world.spec.name} was trained on these {dataset.episodes} episodes, so none is held out; "
+            f"{dataset.folder}: {world.spec.name} was trained on {counted(dataset.episodes)} of it, so none is held out; "
             "collect more, or with another --seed"
         )
     split = EpisodeSplit(indices, dataset.frame_skip, lru_cache(maxsize=4)(dataset.episode))

@@ -159,7 +159,9 @@ def _plan(recipe: Recipe, data: Path, run: Path) -> list[_Planned]:
             dataset = EpisodeDataset.open(round_folder(data, number))
             _check_environment(dataset, each.collect)
             datasets.append(dataset)
-            longest = max(longest, *dataset.lengths()[: split_indices(dataset.episodes, "train").stop])
+            longest = max(longest, *dataset.lengths()[dataset.indices("train")])
+        if each.codec is not None:
+            datasets[-1].indices("test")  # by which it is measured
         plan.append(_Planned(each, folder, codec, tuple(datasets)))
         if longest < each.flow.length:
             raise DataError(
