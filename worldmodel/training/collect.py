@@ -167,7 +167,8 @@ def collect_episode(config: CollectConfig, env: gymnasium.Env[Any, Any], index: 
     if wide:
         observation = WIDE_STARTS[config.env](env, rng)
     frames, observations = [take_picture(env, config)], [_flat(env, observation)]
-    actions, rewards, terminated, truncated = [], [], [], []
+    actions, terminated, truncated = [], [], []
+    rewards: list[float] = []
     for _ in range(config.chunks):
         action, total, ended, cut = policy(env), 0.0, False, False
         for _ in range(config.frame_skip):
