@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from agents.evaluation.sections import evaluate_agents
 from worldmodel.checkpoint import read_world
 from worldmodel.codec.conv import ConvCodecConfig
 from worldmodel.errors import CheckpointError, ConfigError, DataError
@@ -328,6 +329,24 @@ def test_evaluation_is_complete_and_on_held_out_episodes(made: tuple[Recipe, Pat
     for png in ("evaluation.png", "pictures.png"):
         assert (root / "report" / png).read_bytes().startswith(b"\x89PNG")
     assert "nats a chunk" in summary(numbers)
+
+
+def test_an_evaluation_of_another_world_is_not_written_over(
+    made: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    world, data = WorldModel.load(made[1] / "world"), EpisodeDataset.open(made[1] / "data")
+    config = EvaluateConfig(context=2, horizon=40)
+    with pytest.raises(DataError, match="no held-out episode has 42 chunks"):
+        evaluate(world, data, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+    for name, run in (
+        ("evaluation", lambda: evaluate(world, data, tmp_path)),
+        ("agents", lambda: evaluate_agents(world, tmp_path)),
+    ):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({"world": "small", "fingerprint": "0"}))
+        with pytest.raises(ConfigError, match=f"{name}.json is of another world .*; choose another --out"):
+            run()
 
 
 def test_episodes_that_were_trained_on_are_never_evaluated(made: tuple[Recipe, Path], tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from worldmodel.condition.spaces import packed_size
-from worldmodel.errors import DataError
-from worldmodel.files import config_from_dict, config_to_dict, finite, writable, write_json
+from worldmodel.errors import ConfigError, DataError
+from worldmodel.files import config_from_dict, config_to_dict, finite, read_json, writable, write_json
 from worldmodel.published import cache_folder
 from worldmodel.training.collect import CollectConfig, collect
 from worldmodel.training.episodes import EpisodeDataset, EpisodeSplit, Windows, counted
@@ -68,6 +68,18 @@ def held_out_clips(
     )
 
 
+def check_report(file: Path, world: WorldModel) -> None:
+    """Refuse a folder for an evaluation's JSON ``file`` that cannot be written, or holds that of another world.
+
+    Raises:
+        ConfigError: another world's. CheckpointError: it cannot be written, or the file is damaged.
+    """
+    writable(file.parent)
+    old = read_json(file) if file.is_file() else {"fingerprint": world.fingerprint}
+    if not isinstance(old, dict) or old.get("fingerprint") != world.fingerprint:
+        raise ConfigError(f"{file} is of another world (of other weights); choose another --out")
+
+
 def evaluate(
     world: WorldModel, dataset: EpisodeDataset, out: str | Path, config: EvaluateConfig | None = None
 ) -> dict[str, Any]:
@@ -75,7 +87,7 @@ def evaluate(
 
     Raises:
         DataError: the dataset has another frame size, chunk or action space, or no held-out episode is long enough.
-        CheckpointError: ``out`` cannot be written.
+        CheckpointError, ConfigError: as `check_report`.
     """
     config = config or EvaluateConfig()
     if dataset.frame_size != world.spec.frame_size or dataset.frame_skip != world.chunk_frames:
@@ -89,7 +101,7 @@ def evaluate(
             f"{dataset.folder}: actions are {dataset.action_space}, the world takes {space}; give data with such actions"
         )
     folder, report = Path(out), Report()
-    writable(folder)
+    check_report(folder / "evaluation.json", world)
     length = config.context + config.horizon
     clips = held_out_clips(dataset, world, length, config.clips)
     beginnings = held_out_clips(dataset, world, length, config.clips, from_start=True)
