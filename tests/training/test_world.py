@@ -335,9 +335,10 @@ def test_an_evaluation_of_another_world_is_not_written_over(
     made: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
     world, data = WorldModel.load(made[1] / "world"), EpisodeDataset.open(made[1] / "data")
-    config = EvaluateConfig(context=2, horizon=40)
-    with pytest.raises(DataError, match="no held-out episode has 42 chunks"):
-        evaluate(world, data, tmp_path / "out", config)
+    for context, told in ((2, "give --horizon 6 or collect longer episodes"), (8, "8; collect longer")):
+        config = EvaluateConfig(context=context, horizon=40)
+        with pytest.raises(DataError, match=f"has {context + 40} chunks, the longest has .*{told}"):
+            evaluate(world, data, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
     for name, run in (
         ("evaluation", lambda: evaluate(world, data, tmp_path)),

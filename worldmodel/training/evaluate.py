@@ -35,12 +35,18 @@ HELD_OUT_SEED = 1_000_003
 
 
 def held_out_clips(
-    dataset: EpisodeDataset, world: WorldModel, length: int, limit: int, from_start: bool = False
+    dataset: EpisodeDataset,
+    world: WorldModel,
+    length: int,
+    limit: int,
+    from_start: bool = False,
+    context: int = 0,
 ) -> Clips:
     """One clip of ``length`` chunks from each held-out episode that is long enough: from a random place, or its start.
 
     Held out are the last tenth of the episodes of any collection that the world was trained on, whatever follows them in
-    a longer collection of the same seed, and all episodes of a collection of another seed or environment.
+    a longer collection of the same seed, and all episodes of a collection of another seed or environment. ``context``
+    chunks of ``length`` are not a part of the horizon, which the error tells.
 
     Raises:
         DataError: no episode is held out, or none of these is that long.
@@ -60,7 +66,12 @@ def held_out_clips(
             place = 0 if from_start else int(rng.integers(chunks - length + 1))
             windows.append(split.window(index, place, length))
     if not windows:
-        raise DataError(f"{dataset.folder}: no held-out episode has {length} chunks; collect longer episodes")
+        longest = int(split.lengths.max())
+        shorter = f"give --horizon {longest - context} or " if longest > context else ""
+        raise DataError(
+            f"{dataset.folder}: no held-out episode has {length} chunks, the longest has {longest}; {shorter}collect "
+            "longer episodes"
+        )
     arrays = ("frames", "actions", "rewards", "terminated", "observations")
     policies = np.array([str(dataset.episode(int(w.episode[0])).meta.get("policy")) for w in windows])
     return Clips(
@@ -103,7 +114,7 @@ def evaluate(
     folder, report = Path(out), Report()
     check_report(folder / "evaluation.json", world)
     length = config.context + config.horizon
-    clips = held_out_clips(dataset, world, length, config.clips)
+    clips = held_out_clips(dataset, world, length, config.clips, context=config.context)
     beginnings = held_out_clips(dataset, world, length, config.clips, from_start=True)
     report.numbers = {
         "world": world.spec.name,
