@@ -158,8 +158,8 @@ def test_bad_briefs(world: WorldModel) -> None:
 def test_pictures_and_clips_are_read_at_the_worlds_size_and_speed(tmp_path: Path) -> None:
     picture = np.zeros((40, 100, 3), np.uint8)
     picture[:, 30:70, 0] = 200
-    write_picture(tmp_path / "picture.png", picture)
-    assert (read_picture(tmp_path / "picture.png", (20, 20)) == (200, 0, 0)).all()  # the middle
+    write_picture(tmp_path / "new" / "picture.png", picture)
+    assert (read_picture(tmp_path / "new" / "picture.png", (20, 20)) == (200, 0, 0)).all()  # the middle
     assert fitted(picture, (64, 32)).shape == (64, 32, 3)
     frames = np.repeat(np.arange(0, 240, 20, dtype=np.uint8), 32 * 32 * 3).reshape(12, 32, 32, 3)
     write_video(tmp_path / "clip.mp4", frames, 8.0)

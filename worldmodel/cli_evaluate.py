@@ -97,10 +97,9 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of the summary.")] = False,
 ) -> None:
     """Measure a world on held-out real episodes: nats, bits/dim, PSNR, SSIM, angle error, reward; JSON and plots."""
-    from worldmodel.files import writable
     from worldmodel.training.episodes import EpisodeDataset
+    from worldmodel.training.evaluate import check_report, held_out_dataset, own_folder, summary
     from worldmodel.training.evaluate import evaluate as run
-    from worldmodel.training.evaluate import held_out_dataset, own_folder, summary
     from worldmodel.training.measure import EvaluateConfig
 
     config = EvaluateConfig(horizon=horizon, clips=clips, long_horizon=long_horizon)
@@ -108,7 +107,7 @@ def evaluate(
     usual = Path("evaluation") / model.spec.name
     folder = out or own_folder(usual, "evaluation.json", model.fingerprint)
     if data is None:
-        writable(folder)  # before episodes are collected
+        check_report(folder / "evaluation.json", model)  # before episodes are collected
     dataset = EpisodeDataset.open(data) if data else held_out_dataset(model, clips)
     numbers = run(model, dataset, folder, config)
     print(json.dumps(numbers, indent=2) if as_json else summary(numbers))

@@ -32,7 +32,11 @@ def collect(
     ] = None,
     frame_size: Annotated[int | None, typer.Option(help="Height and width of the frames in pixels.")] = None,
     frame_skip: Annotated[
-        int | None, typer.Option(help="Steps of the simulator that an action is held for, a frame each.")
+        int | None,
+        typer.Option(help="Steps of the simulator, and so frames, of a chunk: they hold one action."),
+    ] = None,
+    env_kwargs: Annotated[
+        str | None, typer.Option(help="Arguments of the environment as JSON, such as '{\"gravity\": 5.0}'.")
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed; a recipe's further collections take the next.")
@@ -45,6 +49,7 @@ def collect(
     """
     from worldmodel.training.collect import CollectConfig, PolicyShare
     from worldmodel.training.collect import collect as run
+    from worldmodel.training.episodes import counted
     from worldmodel.training.recipes import RECIPES, load_recipe
 
     named = recipe in RECIPES or Path(recipe).is_file()
@@ -52,7 +57,7 @@ def collect(
     folder = out or Path("data") / name
     todo = load_recipe(recipe).collections(folder) if named else {folder: CollectConfig(env=recipe)}
     changes: dict[str, Any] = {"episodes": episodes, "chunks": chunks, "workers": workers}
-    changes["frame_skip"] = frame_skip
+    changes |= {"frame_skip": frame_skip, "env_kwargs": None if env_kwargs is None else _object(env_kwargs)}
     changes["hide"] = tuple(hide) if hide else None
     changes["frame_size"] = None if frame_size is None else (frame_size, frame_size)
     changes["policies"] = tuple(PolicyShare(*_share(p)) for p in policy) if policy else None
@@ -60,7 +65,20 @@ def collect(
         changes["seed"] = None if seed is None else seed + number
         config = replace(config, **{k: v for k, v in changes.items() if v is not None})
         run(config, place)
-        print(f"{config.episodes} episode{'s' * (config.episodes > 1)} in {place}")
+        print(f"{counted(config.episodes)} in {place}")
+
+
+def _object(text: str) -> dict[str, Any]:
+    from worldmodel.errors import ConfigError
+
+    try:
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(f"env-kwargs is {text}, expected a JSON object such as '{{\"gravity\": 5.0}}'")
+    return value
 
 
 def _share(text: str) -> tuple[str, float]:

@@ -166,12 +166,14 @@ def remove_leftovers(folder: Path, seconds: float = 3600.0) -> None:
 
 
 def writable(folder: Path) -> None:
-    """Make a folder, before hours of work whose result is to lie there.
+    """Try whether a folder can be made and written to, before hours of work whose result is to lie there.
 
     Raises:
         CheckpointError: it cannot be made, or no file can be written in it.
     """
+    made: list[Path] = []
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -179,6 +181,10 @@ def writable(folder: Path) -> None:
         raise CheckpointError(
             f"cannot write into {folder} ({error.strerror}); choose another place"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):  # not made, or another process writes there already
+            for path in made:
+                path.rmdir()
 
 
 def save_tensors(

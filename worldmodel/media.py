@@ -68,6 +68,7 @@ def write_picture(path: Path, picture: np.ndarray) -> None:
     Raises:
         DataError: OpenCV does not write such files.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         done = cv2.imwrite(str(path), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     except cv2.error as error:

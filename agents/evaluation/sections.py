@@ -32,7 +32,7 @@ from agents.evaluation.trial import Numbers, Progress, TrialConfig, with_nan
 from worldmodel import InputError, WorldModel
 from worldmodel.errors import ConfigError
 from worldmodel.files import finite, write_atomic, write_json
-from worldmodel.training.evaluate import git_revision
+from worldmodel.training.evaluate import check_report, git_revision
 from worldmodel.training.plots import pyplot
 
 
@@ -141,12 +141,14 @@ def evaluate_agents(
     ``agents.json`` is written after every section.
 
     Raises:
-        InputError: no section of that name, or a world that names no environment.
+        InputError: no section of that name, or a world that names no environment. ConfigError: ``out`` holds the figures of
+            another world.
     """
     config = config or TrialConfig()
     if unknown := [name for name in only if name not in SECTIONS]:
         raise InputError(f"no section {', '.join(unknown)}; choose from {', '.join(SECTIONS)}")
     folder, revision = Path(out), git_revision()
+    check_report(folder / "agents.json", world)
     numbers: Numbers = {
         "world": world.spec.name,
         "fingerprint": world.fingerprint,

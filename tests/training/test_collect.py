@@ -167,6 +167,22 @@ def test_the_swing_policy_gets_upright() -> None:
     assert np.median(upright) > 0.8
 
 
+def test_a_reward_that_is_not_finite_is_refused() -> None:
+    env = pendulum_env()
+    step, calls = env.step, []
+
+    def broken(action: Any) -> Any:
+        calls.append(1)
+        observation, reward, *rest = step(action)
+        return observation, math.nan if len(calls) == 10 else reward, *rest
+
+    env.step = broken  # type: ignore[method-assign]
+    with pytest.raises(
+        DataError, match="Pendulum-v1: episode 3, chunk 2 has the reward nan, expected a finite"
+    ):
+        collect_episode(replace(pendulum(), chunks=4, wide_starts=0.0), env, 3)
+
+
 class Words(gymnasium.Env[np.ndarray, dict[str, Any]]):
     """Dict and Text actions, a picture as observation."""
 

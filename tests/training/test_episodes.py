@@ -138,6 +138,18 @@ def test_what_is_not_there_or_not_whole_is_one_line(folder: Path) -> None:
         EpisodeDataset.open(folder)
 
 
+def test_rewards_that_are_not_finite_are_refused(folder: Path) -> None:
+    dataset = EpisodeDataset.open(folder)
+    assert dataset.lengths().tolist() == [3 + i % 4 for i in range(20)]
+    rewards = np.array([1, np.inf, np.nan], dtype=np.float32)
+    save_episode(episode_path(folder, 4), numbered(4, 3)._replace(rewards=rewards))
+    for read in (lambda: dataset.episode(4), dataset.lengths):
+        with pytest.raises(
+            DataError, match="000004.npz: chunk 1 has the reward inf, expected finite numbers"
+        ):
+            read()
+
+
 def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
     with (tmp_path / "e.npz").open("wb") as file:
         np.savez(file, frames=np.array([{}], dtype=object), meta=np.array("{}"))

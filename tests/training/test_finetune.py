@@ -263,6 +263,18 @@ def test_episodes_of_another_size_are_refused(tmp_path: Path) -> None:
         finetune(write_toy(tmp_path / "toy"), str(data), tmp_path / "run", tmp_path / "out", CONFIG)
 
 
+def test_a_world_of_another_run_is_not_written_over(tmp_path: Path) -> None:
+    toy, data = write_toy(tmp_path / "toy"), write_episodes(tmp_path / "data")
+    with pytest.raises(ConfigError, match="toy holds another world; choose another --out"):
+        finetune(toy, str(data), tmp_path / "run", tmp_path / "toy", CONFIG)
+    for _ in range(2):
+        assert finetune(toy, str(data), tmp_path / "run", tmp_path / "out", CONFIG) is not None
+    other = replace(CONFIG, batch=2)
+    with pytest.raises(ConfigError, match="out holds another world; choose another --out"):
+        finetune(toy, str(data), tmp_path / "other", tmp_path / "out", other)
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_source_that_is_none_leaves_the_run_to_the_right_one(tmp_path: Path) -> None:
     toy, data = write_toy(tmp_path / "toy"), write_episodes(tmp_path / "data")
     with pytest.raises(DataError, match="no such folder"):

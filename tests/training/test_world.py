@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from agents.evaluation.sections import evaluate_agents
 from worldmodel.checkpoint import read_world
 from worldmodel.codec.conv import ConvCodecConfig
 from worldmodel.errors import CheckpointError, ConfigError, DataError
@@ -23,7 +24,7 @@ from worldmodel.packed import narrow
 from worldmodel.training import provenance
 from worldmodel.training.codec import CodecTraining, load_latents
 from worldmodel.training.collect import CollectConfig, PolicyShare, collect
-from worldmodel.training.episodes import EpisodeDataset
+from worldmodel.training.episodes import EpisodeDataset, episode_path, load_episode, save_episode
 from worldmodel.training.evaluate import evaluate, held_out_clips, own_folder, summary
 from worldmodel.training.export import train_world
 from worldmodel.training.flow import FlowStage, FlowTraining, Latents
@@ -172,12 +173,6 @@ def test_where_an_evaluation_goes(tmp_path: Path) -> None:
     assert own_folder(usual, note.name, "0123456789") == usual
 
 
-def test_too_long_a_horizon_is_told_with_what_there_is(made: tuple[Recipe, Path]) -> None:
-    world = WorldModel.load(made[1] / "world")
-    with pytest.raises(DataError, match="has 99 chunks.*the longest has 8; lower --horizon"):
-        held_out_clips(EpisodeDataset.open(made[1] / "data"), world, 99, 1)
-
-
 def test_a_round_of_another_shape_is_refused() -> None:
     recipe = small_recipe()
     wider = replace(recipe.codec, model=replace(recipe.codec.model, widths=(8, 8, 24)))
@@ -243,6 +238,42 @@ def test_places_that_cannot_be_written_are_told_before_any_training(
     assert not list(tmp_path.rglob("codec"))
 
 
+def test_a_folder_that_holds_anything_else_is_refused_before_any_training(
+    made: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, root = made
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    for out, told in (
+        (tmp_path / "mine", r"holds other files .README.md.; choose another --out"),
+        (root / "data", "holds other files .dataset.json, episodes, further3."),
+        (root / "world", "holds another world; choose another --out"),
+        (tmp_path, "is where the run lies"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            train_world(recipe, root / "data", tmp_path / "run", out)
+    assert not (tmp_path / "run").exists() and (tmp_path / "mine" / "README.md").read_text() == "mine"
+
+
+def test_a_run_writes_again_over_its_own_world_and_over_the_half_of_it(
+    made: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, root = made
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("worldmodel.checkpoint.write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_world(recipe, root / "data", root / "run", tmp_path / "out")
+    assert (tmp_path / "out" / "flow.safetensors").is_file()
+    for starts in (3, 2):
+        again = replace(recipe, starts=starts)
+        train_world(again, root / "data", root / "run", tmp_path / "out")
+        assert len(read_world(tmp_path / "out").starts["frames"]) == starts
+
+
 def test_windows_longer_than_every_episode_are_refused_before_the_codec_trains(
     made: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
@@ -252,6 +283,48 @@ def test_windows_longer_than_every_episode_are_refused_before_the_codec_trains(
     with pytest.raises(DataError, match="no episode to train on has the 9 chunks of flow.length"):
         train_world(long, root / "data", tmp_path / "run", tmp_path / "world")
     assert not (tmp_path / "run").exists()
+
+
+def test_rewards_that_are_not_finite_are_refused_before_the_codec_trains(
+    made: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, root = made
+    shutil.copytree(root / "data", tmp_path / "data")
+    path = episode_path(tmp_path / "data", 19)
+    episode = load_episode(path, 4)
+    save_episode(path, episode._replace(rewards=np.full_like(episode.rewards, np.nan)))
+    with pytest.raises(DataError, match="000019.npz: chunk 0 has the reward nan"):
+        train_world(recipe, tmp_path / "data", tmp_path / "run", tmp_path / "world")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["env", "env_kwargs", "frame_skip"])
+def test_episodes_of_another_environment_than_the_recipes_are_refused(
+    made: tuple[Recipe, Path], tmp_path: Path, name: str
+) -> None:
+    recipe, root = made
+    shutil.copytree(root / "data", tmp_path / "data")
+    file = tmp_path / "data" / "further3" / "dataset.json"
+    info = json.loads(file.read_text())
+    info["collect"][name] = {"env": "CartPole-v1", "env_kwargs": {"g": 9.0}, "frame_skip": 2}[name]
+    file.write_text(json.dumps(info))
+    with pytest.raises(ConfigError, match=f"further3 was collected with {name} .*, the recipe's is "):
+        train_world(recipe, tmp_path / "data", tmp_path / "run", tmp_path / "world")
+    del info["collect"][name]  # not told
+    file.write_text(json.dumps(info))
+    assert train_world(recipe, tmp_path / "data", tmp_path / "run", tmp_path / "world", "codec") is None
+
+
+def test_too_few_episodes_are_told_before_any_training(tmp_path: Path) -> None:
+    recipe = replace(small_recipe(), further=())
+    collect(replace(recipe.collect, episodes=1), tmp_path / "data")
+    with pytest.raises(
+        DataError, match="has 1 episode, too few for a test split; collect --episodes 2 or more"
+    ):
+        train_world(recipe, tmp_path / "data", tmp_path / "run", tmp_path / "world")
+    assert not (tmp_path / "run").exists()
+    collect(replace(recipe.collect, episodes=2), tmp_path / "data")
+    assert train_world(recipe, tmp_path / "data", tmp_path / "run", tmp_path / "world") is not None
 
 
 def test_evaluation_is_complete_and_on_held_out_episodes(made: tuple[Recipe, Path]) -> None:
@@ -267,6 +340,25 @@ def test_evaluation_is_complete_and_on_held_out_episodes(made: tuple[Recipe, Pat
     for png in ("evaluation.png", "pictures.png"):
         assert (root / "report" / png).read_bytes().startswith(b"\x89PNG")
     assert "nats a chunk" in summary(numbers)
+
+
+def test_an_evaluation_of_another_world_is_not_written_over(
+    made: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    world, data = WorldModel.load(made[1] / "world"), EpisodeDataset.open(made[1] / "data")
+    for context, told in ((2, "give --horizon 6 or collect longer episodes"), (8, "8; collect longer")):
+        config = EvaluateConfig(context=context, horizon=40)
+        with pytest.raises(DataError, match=f"has {context + 40} chunks, the longest has .*{told}"):
+            evaluate(world, data, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+    for name, run in (
+        ("evaluation", lambda: evaluate(world, data, tmp_path)),
+        ("agents", lambda: evaluate_agents(world, tmp_path)),
+    ):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({"world": "small", "fingerprint": "0"}))
+        with pytest.raises(ConfigError, match=f"{name}.json is of another world .*; choose another --out"):
+            run()
 
 
 def test_episodes_that_were_trained_on_are_never_evaluated(made: tuple[Recipe, Path], tmp_path: Path) -> None:
@@ -296,7 +388,7 @@ def test_what_was_trained_on_is_told_by_the_datasets_and_not_by_the_recipe(
     assert len(held_out_clips(first, world, 6, 99).frames) == 2
     assert len(held_out_clips(EpisodeDataset.open(root / "data"), world, 6, 99).frames) == 20
     collect(replace(recipe.collect, seed=7, episodes=3), tmp_path / "few")
-    with pytest.raises(DataError, match="was trained on these 3 episodes, so none is held out"):
+    with pytest.raises(DataError, match="was trained on 3 episodes of it, so none is held out"):
         held_out_clips(EpisodeDataset.open(tmp_path / "few"), world, 6, 99)
 
 
@@ -455,3 +547,19 @@ def test_picture_metrics_and_intervals() -> None:
     true = rng.normal(size=(20, 5))
     assert r_squared(true, true, config)["r2"] == 1.0
     assert r_squared(np.full_like(true, true.mean()), true, config)["r2"] == pytest.approx(0.0)
+    once = np.zeros((2, 5))
+    once[0, 0] = 1.0  # half of the resamples have no reward that varies
+    assert -1.0 < r_squared(np.full_like(once, 0.1), once, config)["low"] <= 0.0  # type: ignore[operator]
+
+
+def test_a_reward_that_never_varies_has_no_r2(made: tuple[Recipe, Path], tmp_path: Path) -> None:
+    shutil.copytree(made[1] / "data", tmp_path / "data")
+    for path in (tmp_path / "data" / "episodes").iterdir():
+        episode = load_episode(path, 4)
+        save_episode(path, episode._replace(rewards=np.full_like(episode.rewards, 0.1)))
+    config = EvaluateConfig(context=2, horizon=4, long_horizon=0, bootstrap=20)
+    world, data = WorldModel.load(made[1] / "world"), EpisodeDataset.open(tmp_path / "data")
+    numbers = evaluate(world, data, tmp_path / "out", config)
+    for reward in (numbers["likelihood"]["reward"], numbers["pictures"]["open_loop"]["reward"]):
+        assert reward["r2"] is reward["low"] is reward["high"] is None
+    assert "teacher-forced n/a: the reward never varies, open loop n/a" in summary(numbers)

@@ -113,7 +113,7 @@ def collect(config: CollectConfig, folder: Path) -> None:
 
     Raises:
         ConfigError: the environment cannot be made or rendered, a policy is for another one, or the folder holds another
-            collection. DataError: a worker was killed.
+            collection. DataError: a worker was killed, or a reward is not finite.
         KeyboardInterrupt: after Ctrl-C, with every file on disk whole.
     """
     folder = Path(folder)
@@ -154,7 +154,7 @@ def collect_episode(config: CollectConfig, env: gymnasium.Env[Any, Any], index: 
     """Episode ``index`` of a collection, a function of (config, index).
 
     Raises:
-        ConfigError: the environment renders no RGB frames.
+        ConfigError: the environment renders no RGB frames. DataError: a reward is not finite.
     """
     rng = np.random.default_rng((config.seed, index))
     shares = np.array([policy.share for policy in config.policies])
@@ -166,7 +166,8 @@ def collect_episode(config: CollectConfig, env: gymnasium.Env[Any, Any], index: 
     if wide:
         observation = WIDE_STARTS[config.env](env, rng)
     frames, observations = [take_picture(env, config)], [_flat(env, observation)]
-    actions, rewards, terminated, truncated = [], [], [], []
+    actions, terminated, truncated = [], [], []
+    rewards: list[float] = []
     for _ in range(config.chunks):
         action, total, ended, cut = policy(env), 0.0, False, False
         for _ in range(config.frame_skip):
@@ -178,6 +179,11 @@ def collect_episode(config: CollectConfig, env: gymnasium.Env[Any, Any], index: 
             else:
                 frames.append(frames[-1])
                 observations.append(observations[-1])
+        if not abs(total) <= np.finfo(np.float32).max:
+            raise DataError(
+                f"{config.env}: episode {index}, chunk {len(rewards)} has the reward {total}, expected a finite number; "
+                "mend the environment"
+            )
         actions.append(action)
         rewards.append(total)
         terminated.append(bool(ended))

@@ -94,11 +94,10 @@ def load_episode(path: Path, frame_skip: int) -> Episode:
     """Read one episode of chunks of ``frame_skip`` frames and check that its arrays agree.
 
     Raises:
-        DataError: missing, truncated, corrupt, or arrays of lengths that do not agree.
+        DataError: missing, truncated, corrupt, arrays of lengths that do not agree, or rewards that are not finite.
     """
+    arrays = _read(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
         meta = json.loads(str(arrays["meta"]))
         actions: Actions = arrays.get("actions")
         if actions is None:
@@ -106,11 +105,9 @@ def load_episode(path: Path, frame_skip: int) -> Episode:
             actions = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
         rest = {name: arrays[name] for name in Episode._fields[2:-1]}
         episode = Episode(arrays["frames"], actions, **rest, meta=meta)
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist; collect the dataset again to fill the gap") from error
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise DataError(f"{path} is truncated or corrupt ({reason}); delete it and collect again") from error
+    except (KeyError, ValueError) as error:
+        raise _damaged(path, error) from error
+    _check_rewards(path, episode.rewards)
     count = len(episode.rewards)
     lengths = [len(part) for part in (actions.values() if isinstance(actions, dict) else [actions])]
     lengths += [len(episode.terminated), len(episode.truncated)]
@@ -122,6 +119,31 @@ def load_episode(path: Path, frame_skip: int) -> Episode:
             f"{path} holds frames of {episode.frames.dtype} {episode.frames.shape}, expected RGB uint8"
         )
     return episode
+
+
+def _read(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Arrays of an episode's file, all by default."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names or file.files}
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist; collect the dataset again to fill the gap") from error
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:120]
+    return DataError(f"{path} is truncated or corrupt ({reason}); delete it and collect again")
+
+
+def _check_rewards(path: Path, rewards: np.ndarray) -> None:
+    if not np.isfinite(rewards).all():
+        chunk = int(np.argmin(np.isfinite(rewards)))
+        raise DataError(
+            f"{path}: chunk {chunk} has the reward {rewards[chunk]}, expected finite numbers; mend its source and "
+            "collect again"
+        )
 
 
 def split_indices(episodes: int, name: SplitName) -> range:
@@ -137,6 +159,11 @@ def split_indices(episodes: int, name: SplitName) -> range:
     if name not in ends:
         raise InputError(f"no split {name!r}; choose from train, validation, test")
     return range(starts[name], ends[name])
+
+
+def counted(episodes: int) -> str:
+    """A number of episodes, for a reader."""
+    return f"{episodes} episode{'' if episodes == 1 else 's'}"
 
 
 @dataclass(frozen=True)
@@ -199,9 +226,26 @@ class EpisodeDataset:
         """Episode ``index``, read from disk. Raises DataError as `load_episode`."""
         return load_episode(episode_path(self.folder, index), self.frame_skip)
 
-    def has_window(self, length: int) -> bool:
-        """Whether an episode of the train split has ``length`` chunks. Raises DataError as `load_episode`."""
-        return any(len(self.episode(i).rewards) >= length for i in split_indices(self.episodes, "train"))
+    def lengths(self) -> np.ndarray:
+        """(episodes,) chunks of each, from their rewards alone, which are checked. Raises DataError as `load_episode`."""
+        counts = []
+        for index in tqdm(range(self.episodes), desc="read rewards", unit="episode", delay=2, leave=False):
+            path = episode_path(self.folder, index)
+            rewards = _read(path, "rewards")["rewards"]
+            _check_rewards(path, rewards)
+            counts.append(len(rewards))
+        return np.array(counts)
+
+    def indices(self, name: SplitName) -> range:
+        """The episodes of a split. Raises DataError where it has none."""
+        found = split_indices(self.episodes, name)
+        if not found:
+            enough = next(n for n in range(1, 4) if split_indices(n, name))
+            raise DataError(
+                f"{self.folder} has {counted(self.episodes)}, too few for a {name} split; "
+                f"collect --episodes {enough} or more"
+            )
+        return found
 
     def split(self, name: SplitName, in_memory: bool = True) -> EpisodeSplit:
         """A split to sample from; ``in_memory`` reads all its episodes now (uint8).
@@ -209,9 +253,7 @@ class EpisodeDataset:
         Raises:
             DataError: the split is empty, or an episode cannot be read.
         """
-        indices = split_indices(self.episodes, name)
-        if not indices:
-            raise DataError(f"{self.folder} has {self.episodes} episodes, too few for a {name} split")
+        indices = self.indices(name)
         if in_memory:
             bar = tqdm(indices, desc=f"load {name}", unit="episode", delay=2, leave=False)
             return EpisodeSplit(

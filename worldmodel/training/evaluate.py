@@ -11,12 +11,20 @@ import numpy as np
 from tqdm import tqdm
 
 from worldmodel.condition.spaces import packed_size
-from worldmodel.errors import CheckpointError, DataError
+from worldmodel.errors import CheckpointError, ConfigError, DataError
 from worldmodel.files import config_from_dict, config_to_dict, finite, read_json, writable, write_json
 from worldmodel.published import cache_folder
 from worldmodel.training.collect import CollectConfig, collect
-from worldmodel.training.episodes import EpisodeDataset, EpisodeSplit, Windows
-from worldmodel.training.measure import Clips, EvaluateConfig, Report, endurance, likelihoods, pictures
+from worldmodel.training.episodes import EpisodeDataset, EpisodeSplit, Windows, counted
+from worldmodel.training.measure import (
+    Clips,
+    EvaluateConfig,
+    Report,
+    endurance,
+    likelihoods,
+    pictures,
+    shown_r2,
+)
 from worldmodel.training.plots import plot_report
 from worldmodel.training.provenance import first_held_out
 from worldmodel.training.provenance import git_revision as git_revision
@@ -27,12 +35,18 @@ HELD_OUT_SEED = 1_000_003
 
 
 def held_out_clips(
-    dataset: EpisodeDataset, world: WorldModel, length: int, limit: int, from_start: bool = False
+    dataset: EpisodeDataset,
+    world: WorldModel,
+    length: int,
+    limit: int,
+    from_start: bool = False,
+    context: int = 0,
 ) -> Clips:
     """One clip of ``length`` chunks from each held-out episode that is long enough: from a random place, or its start.
 
     Held out are the last tenth of the episodes of any collection that the world was trained on, whatever follows them in
-    a longer collection of the same seed, and all episodes of a collection of another seed or environment.
+    a longer collection of the same seed, and all episodes of a collection of another seed or environment. ``context``
+    chunks of ``length`` are not a part of the horizon, which the error tells.
 
     Raises:
         DataError: no episode is held out, or none of these is that long.
@@ -40,7 +54,7 @@ def held_out_clips(
     indices = range(first_held_out(world.spec, dataset), dataset.episodes)
     if not indices:
         raise DataError(
-            f"{dataset.folder}: {world.spec.name} was trained on these {dataset.episodes} episodes, so none is held out; "
+            f"{dataset.folder}: {world.spec.name} was trained on {counted(dataset.episodes)} of it, so none is held out; "
             "collect more, or with another --seed"
         )
     split = EpisodeSplit(indices, dataset.frame_skip, lru_cache(maxsize=4)(dataset.episode))
@@ -52,15 +66,29 @@ def held_out_clips(
             place = 0 if from_start else int(rng.integers(chunks - length + 1))
             windows.append(split.window(index, place, length))
     if not windows:
+        longest = int(split.lengths.max())
+        shorter = f"give --horizon {longest - context} or " if longest > context else ""
         raise DataError(
-            f"{dataset.folder}: no held-out episode has {length} chunks, the context among them, and the "
-            f"longest has {max(split.lengths)}; lower --horizon, or collect longer episodes"
+            f"{dataset.folder}: no held-out episode has {length} chunks, the longest has {longest}; {shorter}collect "
+            "longer episodes"
         )
     arrays = ("frames", "actions", "rewards", "terminated", "observations")
     policies = np.array([str(dataset.episode(int(w.episode[0])).meta.get("policy")) for w in windows])
     return Clips(
         **{name: np.concatenate([getattr(w, name) for w in windows]) for name in arrays}, policies=policies
     )
+
+
+def check_report(file: Path, world: WorldModel) -> None:
+    """Refuse a folder for an evaluation's JSON ``file`` that cannot be written, or holds that of another world.
+
+    Raises:
+        ConfigError: another world's. CheckpointError: it cannot be written, or the file is damaged.
+    """
+    writable(file.parent)
+    old = read_json(file) if file.is_file() else {"fingerprint": world.fingerprint}
+    if not isinstance(old, dict) or old.get("fingerprint") != world.fingerprint:
+        raise ConfigError(f"{file} is of another world (of other weights); choose another --out")
 
 
 def evaluate(
@@ -70,7 +98,7 @@ def evaluate(
 
     Raises:
         DataError: the dataset has another frame size, chunk or action space, or no held-out episode is long enough.
-        CheckpointError: ``out`` cannot be written.
+        CheckpointError, ConfigError: as `check_report`.
     """
     config = config or EvaluateConfig()
     if dataset.frame_size != world.spec.frame_size or dataset.frame_skip != world.chunk_frames:
@@ -84,9 +112,9 @@ def evaluate(
             f"{dataset.folder}: actions are {dataset.action_space}, the world takes {space}; give data with such actions"
         )
     folder, report = Path(out), Report()
-    writable(folder)
+    check_report(folder / "evaluation.json", world)
     length = config.context + config.horizon
-    clips = held_out_clips(dataset, world, length, config.clips)
+    clips = held_out_clips(dataset, world, length, config.clips, context=config.context)
     beginnings = held_out_clips(dataset, world, length, config.clips, from_start=True)
     report.numbers = {
         "world": world.spec.name,
@@ -151,7 +179,7 @@ def summary(numbers: dict[str, Any]) -> str:
             f"(floor {likelihood['noise_floor']:.3f})"
         )
     lines.append(
-        f"reward R2: teacher-forced {likelihood['reward']['r2']:.4f}, open loop {ways['open_loop']['reward']['r2']:.4f}"
+        f"reward R2: teacher-forced {shown_r2(likelihood['reward'])}, open loop {shown_r2(ways['open_loop']['reward'])}"
     )
     lines.append(f"codec: {ways['codec_only']['psnr_of_mean_error']:.2f} dB")
 

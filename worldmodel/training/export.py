@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from worldmodel.checkpoint import WorldSpec, half_precision, narrowed, write_world
+from worldmodel.checkpoint import WorldSpec, half_precision, narrowed, read_world, write_world
 from worldmodel.condition.actions import ActionEncoderConfig
 from worldmodel.condition.spaces import packed_size, space_to_json
-from worldmodel.errors import ConfigError, DataError
+from worldmodel.errors import ConfigError, DataError, WorldModelError
 from worldmodel.files import config_to_dict, different, read_json, remove_leftovers, writable, write_json
 from worldmodel.flow.flow import Flow
 from worldmodel.heads import Heads
 from worldmodel.training.codec import encode_dataset, load_latents, load_trained_codec, train_codec
+from worldmodel.training.collect import CollectConfig
 from worldmodel.training.episodes import EpisodeDataset, split_indices
 from worldmodel.training.flow import Latents, train_flow
 from worldmodel.training.heads import train_heads
@@ -60,7 +61,8 @@ def train_world(
     Returns the world, or None where ``until`` ends before the heads, and on every rank but the first.
 
     Raises:
-        ConfigError: ``until`` is no stage, or ``run`` was made from another recipe or other data.
+        ConfigError: ``until`` is no stage, the data is of another environment than the recipe, ``run`` was made from
+            another recipe or other data, or ``out`` holds anything that ``run`` did not write.
         CheckpointError: ``run`` or ``out`` cannot be written.
         DataError: the dataset does not fit the recipe. Interrupted: by a signal.
     """
@@ -68,6 +70,8 @@ def train_world(
         raise ConfigError(f"no stage {until!r}; choose from {', '.join(STAGES)}")
     plan = _plan(recipe, data, run)
     if ranks.first:
+        if until == "heads":
+            check_out(out, run)
         remove_leftovers(run)
         _check_run(recipe, plan, run)
         if until == "heads":
@@ -96,25 +100,86 @@ def train_world(
         codec = load_trained_codec(planned.codec).to(ranks.device)
         pictures = Pictures.of(planned.datasets, codec, latents, ranks.device)
     heads, _ = train_heads(recipe.heads, latents, run / "heads", None, pictures, ranks.device)
-    export_world(recipe, planned.datasets, len(train), planned.codec, out, parts, heads, steps)
-    return WorldModel.load(out)
+    return noted(
+        lambda: export_world(recipe, planned.datasets, len(train), planned.codec, out, parts, heads, steps),
+        out,
+        run,
+    )
+
+
+WORLDS = "worlds.json"
+"""In a run's folder: fingerprints of the worlds it wrote, and the folder where it is writing one."""
+
+
+def check_out(out: Path, run: Path) -> None:
+    """Refuse a folder for a world unless it is free or holds what ``run`` wrote, as `noted` has it.
+
+    Raises:
+        ConfigError: another world or other files in it, the run's own among them.
+    """
+    place, held = out.resolve(), sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    if run.resolve().is_relative_to(place):
+        raise ConfigError(f"{out} is where the run lies ({run}); choose another --out or --run")
+    note = read_json(run / WORLDS) if (run / WORLDS).is_file() else {}
+    if not held or note.get("writing") == str(place):
+        return
+    if "world.json" not in held:
+        raise ConfigError(f"{out} holds other files ({', '.join(held[:3])}); choose another --out")
+    try:
+        own = read_world(out).fingerprint in note.get("written", ())
+    except WorldModelError:  # damaged, or of another version
+        own = False
+    if not own:
+        raise ConfigError(f"{out} holds another world; choose another --out")
+
+
+def noted(write: Callable[[], None], out: Path, run: Path) -> WorldModel:
+    """Let ``write`` fill ``out``, note in ``run`` that the world there is its own, and load it.
+
+    Raises:
+        ConfigError: as `check_out`.
+    """
+    check_out(out, run)
+    note = read_json(run / WORLDS) if (run / WORLDS).is_file() else {}
+    write_json(run / WORLDS, note | {"writing": str(out.resolve())})
+    write()
+    world = WorldModel.load(out)
+    written = sorted({*note.get("written", ()), world.fingerprint})
+    write_json(run / WORLDS, {"writing": None, "written": written})
+    return world
 
 
 def _plan(recipe: Recipe, data: Path, run: Path) -> list[_Planned]:
     plan: list[_Planned] = []
-    codec, datasets = run / "codec", list[EpisodeDataset]()
+    codec, datasets, longest = run / "codec", list[EpisodeDataset](), 0
     for number, each in enumerate(recipe.rounds):
         folder = round_folder(run, number)
         codec = folder / "codec" if each.codec is not None else codec
         if each.collect is not None:
-            datasets.append(EpisodeDataset.open(round_folder(data, number)))
+            dataset = EpisodeDataset.open(round_folder(data, number))
+            _check_environment(dataset, each.collect)
+            datasets.append(dataset)
+            longest = max(longest, *dataset.lengths()[dataset.indices("train")])
+        if each.codec is not None:
+            datasets[-1].indices("test")  # by which it is measured
         plan.append(_Planned(each, folder, codec, tuple(datasets)))
-        if not any(d.has_window(each.flow.length) for d in datasets):
+        if longest < each.flow.length:
             raise DataError(
                 f"{data}: no episode to train on has the {each.flow.length} chunks of flow.length; lower it in the "
                 "recipe, or collect longer episodes"
             )
     return plan
+
+
+def _check_environment(dataset: EpisodeDataset, collect: CollectConfig) -> None:
+    """Raises ConfigError for episodes of another environment than the recipe's, as far as they tell theirs."""
+    recipe, told = config_to_dict(collect), dataset.collected
+    for name in ("env", "env_kwargs", "frame_skip"):
+        if name in told and told[name] != recipe[name]:
+            raise ConfigError(
+                f"{dataset.folder} was collected with {name} {told[name]}, the recipe's is {recipe[name]}; give other "
+                "--data, or another recipe"
+            )
 
 
 def _check_run(recipe: Recipe, plan: list[_Planned], run: Path) -> None:

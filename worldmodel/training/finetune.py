@@ -44,7 +44,7 @@ from worldmodel.published import obtain
 from worldmodel.training.codec import LatentEpisode, encode_dataset, load_latents, pieces
 from worldmodel.training.datasets import converted
 from worldmodel.training.episodes import EpisodeDataset, split_indices
-from worldmodel.training.export import bank_of_starts
+from worldmodel.training.export import bank_of_starts, check_out, noted
 from worldmodel.training.flow import FlowStage, FlowTraining, Latents, gathered
 from worldmodel.training.heads import HeadsTraining, MemoryTraining, train_heads
 from worldmodel.training.loop import LoopConfig, Run
@@ -186,7 +186,8 @@ def finetune(
     ``prompts`` are needed where the world has some. Returns the world, None on every rank but the first.
 
     Raises:
-        DataError: the data cannot be read, or is too short. ConfigError: ``run`` is of other settings.
+        DataError: the data cannot be read, or is too short. ConfigError: ``run`` is of other settings, or ``out`` holds
+            anything that ``run`` did not write.
         CheckpointError: ``run`` or ``out`` cannot be written. Interrupted: by a signal, with the checkpoint written.
     """
     if ranks.first:
@@ -201,6 +202,7 @@ def finetune(
             file=sys.stderr,
         )
     if ranks.first:
+        check_out(out, run)
         remove_leftovers(run)
         writable(out)
         _prepare(files, source, run, config, camera, prompts, ranks.device)
@@ -247,8 +249,11 @@ def finetune(
         quality["bits_per_dim"]["after"] = bits_per_dim(
             cast(Flow, parts["flow"]), encoder, held_out, training.length
         )
-    _export(files, source, dataset, train, parts, run, out, config, quality)
-    return WorldModel.load(out)
+    return noted(
+        lambda: _export(files, source, dataset, train, parts, run, out, config, quality),
+        out,
+        run,
+    )
 
 
 def _episodes(files: WorldFiles, source: str, run: Path, camera: str | None) -> EpisodeDataset:

@@ -7,7 +7,7 @@ Axis letters: B clips, T chunks, F pixel frames of a chunk.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,17 +162,30 @@ def likelihoods(world: WorldModel, clips: Clips, config: EvaluateConfig) -> dict
     return result
 
 
-def r_squared(predicted: np.ndarray, true: np.ndarray, config: EvaluateConfig) -> dict[str, float | int]:
-    """Coefficient of determination over all chunks (B, T), with a bootstrap over clips."""
+def r_squared(
+    predicted: np.ndarray, true: np.ndarray, config: EvaluateConfig
+) -> dict[str, float | int | None]:
+    """Coefficient of determination over chunks (B, T), with a bootstrap over clips; None where ``true`` never varies."""
 
     def score(rows: np.ndarray) -> float:
         p, t = predicted[rows].ravel(), true[rows].ravel()
-        return float(1.0 - np.square(p - t).sum() / max(np.square(t - t.mean()).sum(), 1e-12))
+        return (
+            math.nan
+            if np.ptp(t) == 0
+            else float(1.0 - np.square(p - t).sum() / np.square(t - t.mean()).sum())
+        )
 
+    if np.ptp(true) == 0:
+        return {"r2": None, "low": None, "high": None, "n": int(true.size)}
     rng, n = np.random.default_rng(config.seed), len(true)
     resampled = [score(rng.integers(n, size=n)) for _ in range(config.bootstrap)]
-    low, high = np.percentile(resampled, [2.5, 97.5])
+    low, high = np.nanpercentile(resampled, [2.5, 97.5])
     return {"r2": score(np.arange(n)), "low": float(low), "high": float(high), "n": int(true.size)}
+
+
+def shown_r2(reward: Mapping[str, Any]) -> str:
+    """What `r_squared` gave, for a reader."""
+    return "n/a: the reward never varies" if reward["r2"] is None else f"{reward['r2']:.4f}"
 
 
 def open_loop(

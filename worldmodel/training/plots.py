@@ -10,7 +10,7 @@ import numpy as np
 
 from worldmodel.errors import ConfigError
 from worldmodel.files import write_atomic
-from worldmodel.training.measure import Report
+from worldmodel.training.measure import Report, shown_r2
 
 BAND, MARGIN = 38, 80
 """Pixels above and to the left of a contact sheet's pictures, for what they show."""
@@ -91,8 +91,9 @@ def plot_report(report: Report, folder: Path) -> None:
     lines = [
         f"world {numbers['world']}   revision {numbers['git_revision']}",
         f"held-out clips: {numbers['data']['held_out_clips']}, context {numbers['context_chunks']} chunks",
-        f"reward R2, teacher-forced: {reward['r2']:.4f}  [{reward['low']:.4f}, {reward['high']:.4f}]",
-        f"reward R2, open loop: {ways['open_loop']['reward']['r2']:.4f}",
+        f"reward R2, teacher-forced: {shown_r2(reward)}"
+        + ("" if reward["r2"] is None else f"  [{reward['low']:.4f}, {reward['high']:.4f}]"),
+        f"reward R2, open loop: {shown_r2(ways['open_loop']['reward'])}",
         f"codec PSNR of the mean error: {ways['codec_only']['psnr_of_mean_error']:.2f} dB",
     ]
     if "endurance" in numbers:
