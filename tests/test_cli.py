@@ -81,6 +81,8 @@ def run_here(
         (("collect", "CartPole-v1", "--env-kwargs", '{{"g": NaN}}'), 1, "expected a JSON object"),
         (("collect", "CartPole-v1", "--env-kwargs", "[1]"), 1, "env-kwargs is [1], expected a JSON object"),
         (("collect", "CartPole-v1", "--env-kwargs", '{{"g": 1}}'), 1, "unexpected keyword argument 'g'"),
+        (("train", "my/Arm-v0"), 1, "worldmodel collect my/Arm-v0, then: worldmodel train data/my-Arm-v0"),
+        (("finetune", "pendulum", "--data", "x", "--out", "y", "--lora", "-3"), 1, "lora is -3, expected at"),
         (("finetune", "pendulum", "--data", "x", "--out", "y", "--lr", "nan"), 1, "lr finite"),
         (("finetune", "pendulum", "--data", "x", "--out", "y", "--seed", "-1"), 1, "seed is -1"),
         (("finetune", "pendulum", "--data", "x", "--out", "{file}/y"), 1, "cannot write into"),

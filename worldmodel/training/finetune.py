@@ -33,6 +33,7 @@ from worldmodel.files import (
     load_tensors,
     read_json,
     remove_leftovers,
+    require_at_least,
     save_tensors,
     writable,
     write_json,
@@ -94,8 +95,9 @@ class Finetune:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be used."""
-        if self.lora < 0 or self.batch < 1 or self.length < 2 or self.features < 1:
-            raise ConfigError("lora must be at least 0, batch and features at least 1, length at least 2")
+        require_at_least(0, self, "lora")
+        require_at_least(1, self, "batch", "features")
+        require_at_least(2, self, "length")
 
 
 def with_actions(flow: Flow, space: spaces.Space[Any], features: int, harmonics: int = 3) -> nn.ModuleDict:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -295,7 +296,9 @@ def load_recipe(name: str) -> Recipe:
         return config_from_dict(Recipe, read_json(Path(name)), name)
     if Path(name).is_dir():
         return general(Path(name))
+    if re.search(r"-v\d+$", name):  # the id of an environment
+        folder = shlex.quote(str(Path("data") / name.replace("/", "-")))
+        raise ConfigError(f"to learn {name}, run: worldmodel collect {name}, then: worldmodel train {folder}")
     raise ConfigError(
-        f"no recipe {name!r}; give a folder of episodes (worldmodel collect ENVIRONMENT makes one), a JSON file or one of: "
-        + ", ".join(RECIPES)
+        f"no recipe {name!r}; give a folder of collected episodes, a JSON file or one of: {', '.join(RECIPES)}"
     )
