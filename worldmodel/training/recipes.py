@@ -224,7 +224,7 @@ def general(folder: Path) -> Recipe:
     collected = config_from_dict(
         CollectConfig, dataset.collected | {"episodes": dataset.episodes}, f"{folder}/dataset.json"
     )
-    window = int(np.clip(np.quantile(dataset.split("train").lengths, 0.25), 2, 16))
+    window = int(np.clip(np.quantile(dataset.lengths()[dataset.indices("train")], 0.25), 2, 16))
     codec = CodecTraining(
         ConvCodecConfig(*dataset.frame_size, frames=dataset.frame_skip, latent_channels=16),
         LoopConfig(steps=30_000, minutes=25.0, lr=2e-3, warmup=100),
