@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -94,7 +94,7 @@ class NullBackend:
             return ServingError("unsupported", f"the null world does not {request.op}")
         return self._turn(name, {"sessions": list(job.made)} if request.op == "fork" else {}, request.arrays)
 
-    def _turn(self, name: bytes, more: dict[str, object], arrays: dict[str, np.ndarray]) -> Outcome:
+    def _turn(self, name: bytes, more: dict[str, object], arrays: Mapping[str, np.ndarray]) -> Outcome:
         frames, count = self._frames, self.counts[name]
         if self._stamped:
             frames = frames.copy()

@@ -111,8 +111,13 @@ def sections(world: WorldModel, options: Options, peak: Row) -> dict[str, Sectio
         ),
         "shapes": Section(
             "larger flows, random weights, batch 1",
-            "floor: the sweep's FLOPs at the matrix peak; k sweeps and a commit, deep and shallow, and a denoised frame",
-            lambda: shapes.by_shape(world.device, 2 if quick else 5, peak["peak gflops"]),
+            "floor: the sweep's FLOPs at the best product of its dtype, before or in turns with it; steps/s: k sweeps and\n"
+            "a commit, deep and shallow, and a denoised frame; one stream, no prompt, no guidance, nothing decoded",
+            lambda: shapes.by_shape(
+                world.device,
+                2 if quick else 5,
+                {"float32": best(), "bfloat16": float(peak["bfloat16 gflops"])},
+            ),
         ),
         "computed": Section(
             "a deep sweep of the 7B model at 480 x 848 with guidance, computed, not run",

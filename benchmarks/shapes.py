@@ -4,13 +4,14 @@ what operations a sweep of the 7B model is made of, whatever the machine.
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,6 +22,7 @@ from benchmarks.measure import Row, flops, interleaved
 from worldmodel.flow.context import Context
 from worldmodel.flow.flow import Flow, FlowConfig
 from worldmodel.packed import pack
+from worldmodel.plan import devices
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Shape:
 
 
 def shapes(device: torch.device) -> list[Shape]:
-    """The 300M shape and the published 7B one at 480 x 848."""
-    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    """The 300M shape and the published 7B one at 480 x 848, whose weights are bfloat16 wherever they are."""
+    medium_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     medium = FlowConfig(
         in_channels=16,
         channels=768,
@@ -55,24 +57,20 @@ def shapes(device: torch.device) -> list[Shape]:
         in_channels=48, channels=3072, top_channels=4096, layers_per_block=(2, 2, 2, 2, 2, 24)
     )
     return [
-        Shape("300M", medium, (8, 16), (1, 4, 7), half),
-        Shape("7B", published, (30, 53), (1, 11, 20), half),
+        Shape("300M", medium, (8, 16), (1, 4, 7), medium_dtype),
+        Shape("7B", published, (30, 53), (1, 4, 11, 20), torch.bfloat16),
     ]
 
 
-def _bytes_needed(shape: Shape) -> tuple[int, int]:
-    """Parameters, and bytes for weights (twice where they are packed) and the K/V of one full context."""
+def _bytes_needed(shape: Shape, frames: int) -> tuple[int, int]:
+    """Parameters, and bytes of weights (twice where they are packed) and of the K/V of a context and the newest frame."""
     with torch.device("meta"):
         flow = Flow(shape.config)
     parameters = sum(p.numel() for p in flow.parameters())
-    tokens = shape.grid[0] * shape.grid[1] * (max(shape.contexts) + 2)
+    tokens = shape.grid[0] * shape.grid[1] * (frames + 1)
     kv = shape.config.layers_per_block[-1] * 2 * tokens * shape.config.top_channels
     copies = 2 if shape.dtype == torch.float32 else 1
     return parameters, (copies * parameters + kv) * shape.dtype.itemsize
-
-
-def _memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _random_flow(shape: Shape, device: torch.device) -> Flow:
@@ -80,7 +78,7 @@ def _random_flow(shape: Shape, device: torch.device) -> Flow:
         flow = Flow(shape.config)
     flow = flow.to(shape.dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
-    for name, p in flow.named_parameters():
+    for name, p in tqdm(list(flow.named_parameters()), desc=f"{shape.name} weights", leave=False):
         p.data.normal_(0.0, 0.4 * p.shape[-1] ** -0.5, generator=generator)
         if name.endswith("norm.weight") and "final" not in name:
             p.data.add_(1.0)
@@ -90,13 +88,20 @@ def _random_flow(shape: Shape, device: torch.device) -> Flow:
 
 
 @torch.no_grad()
-def _filled(flow: Flow, shape: Shape, frames: int, device: torch.device) -> Context:
+def _filled(
+    flow: Flow, shape: Shape, frames: int, device: torch.device, context: Context | None = None
+) -> Context:
+    """A past of ``frames`` random frames, room for one more behind it; goes on from a shorter ``context``."""
     tokens = shape.grid[0] * shape.grid[1]
-    context = flow.deep.start(1, shape.grid, shape.config.window, features=shape.config.action_features)
-    for _ in range(frames):
+    if context is None:
+        features = shape.config.action_features
+        context = flow.deep.start(1, shape.grid, shape.config.window, features=features)
+    else:
+        flow.deep.release(context)
+    for _ in range(frames - context.frames[0]):
         u = torch.randn(1, 1, tokens, flow.config.token_dim, device=device)
         context, _ = flow.deep.commit(flow.deep.reserve(context), u, None)
-    return context
+    return flow.deep.reserve(context)
 
 
 def _rate(sweeps: int, deep: float, shallow: float, denoise: float) -> float:
@@ -106,9 +111,14 @@ def _rate(sweeps: int, deep: float, shallow: float, denoise: float) -> float:
 
 @torch.no_grad()
 def _of_shape(shape: Shape, device: torch.device, repeats: int, peak: float) -> list[Row]:
+    """One row per context length. peak: GFLOP/s of products of the shape's dtype, seen before; that of the shape's widest
+    product, in turns with the sweeps, counts where it is higher.
+    """
     flow = _random_flow(shape, device)
-    tokens, rows = shape.grid[0] * shape.grid[1], []
+    tokens, width, rows = shape.grid[0] * shape.grid[1], shape.config.top_channels, []
     v = torch.randn(1, tokens, flow.config.token_dim, device=device)
+    x, weight = (torch.randn(n, width, device=device).to(shape.dtype) for n in (tokens, 4 * width))
+    context: Context | None = None
 
     def shallow() -> None:
         for block in flow.shallow_blocks:
@@ -118,18 +128,25 @@ def _of_shape(shape: Shape, device: torch.device, repeats: int, peak: float) -> 
         flow.denoise_newest(v[:, None].to(shape.dtype), shape.grid)
 
     for frames in tqdm(shape.contexts, desc=f"{shape.name} contexts", leave=False):
-        context = flow.deep.reserve(_filled(flow, shape, frames, device))
+        head = {"tokens": tokens, "context": frames}
+        if skipped := _lacks(shape, frames, device, made=context is not None):
+            rows.append(head | {"note": skipped})
+            break
+        context = _filled(flow, shape, frames, device, context)
         deep = partial(flow.deep._run, v, context, context.cache, None)
-        times = interleaved({"deep": deep, "shallow": shallow, "denoise": denoise}, repeats, shape.name)
+        calls: dict[str, Callable[[], Any]] = {"deep": deep, "shallow": shallow, "denoise": denoise}
+        calls["product"] = partial(F.linear, x, weight)
+        times = interleaved(calls, repeats, f"{shape.name}, {frames} frames")
         median = {name: float(np.median(t)) for name, t in times.items()}
+        best = max(peak, 2 * x.numel() * 4 * width / median.pop("product") / 1e9)
         work = flops(deep)
         rows.append(
-            {
-                "tokens": tokens,
-                "context": frames,
-                "deep sweep ms": 1e3 * median["deep"],
+            head
+            | {
                 "TFLOP": work / 1e12,
-                "x floor": median["deep"] / (work / (peak * 1e9)),
+                "peak GFLOP/s": best,
+                "deep sweep ms": 1e3 * median["deep"],
+                "x floor": median["deep"] / (work / (best * 1e9)),
                 "shallow sweep ms": 1e3 * median["shallow"],
                 "denoise ms": 1e3 * median["denoise"],
                 **{f"steps/s, {k} sweeps": _rate(k, **median) for k in (1, 2, 4, 8)},
@@ -184,7 +201,7 @@ def computed() -> list[Row]:
     v = torch.empty(1, shape.grid[0] * shape.grid[1], flow.config.token_dim, device=meta)
     rows: list[Row] = []
     for frames in tqdm(shape.contexts, desc="7B, computed", leave=False):
-        context = flow.deep.reserve(_filled(flow, shape, frames, meta))
+        context = _filled(flow, shape, frames, meta)
         with _Operations(*H200) as done:
             for _ in range(2):  # with the prompt and without
                 flow.deep._run(v, context, context.cache, None)
@@ -202,15 +219,31 @@ def computed() -> list[Row]:
     return rows
 
 
-def by_shape(device: torch.device, repeats: int, peak: float) -> list[Row]:
-    """Milliseconds of a deep sweep, a shallow sweep of all blocks, and steps a second by sweeps, per context length."""
+def _lacks(shape: Shape, frames: int, device: torch.device, made: bool) -> str:
+    """Why a context does not fit into the memory that is free, "" where it does. made: the weights are there already."""
+    cuda = (
+        device.type == "cuda"
+    )  # which gives out the whole window at once, where the CPU gives what is written to
+    free = devices()[f"cuda:{device.index or 0}" if cuda else "cpu"][0]
+    parameters, needed = _bytes_needed(shape, shape.config.window if cuda else frames)
+    there = parameters * shape.dtype.itemsize if made else 0
+    if needed - there <= 0.9 * free:
+        return ""
+    return f"skipped: needs {needed / 1e9:.0f} GB, {(free + there) / 1e9:.0f} GB are free"
+
+
+def by_shape(device: torch.device, repeats: int, peaks: Mapping[str, float]) -> list[Row]:
+    """Milliseconds of a deep sweep, a shallow sweep of all blocks, and steps a second by sweeps, per context length.
+
+    peaks: the best products' GFLOP/s by dtype, "float32" and "bfloat16".
+    """
     rows: list[Row] = []
     for shape in shapes(device):
-        parameters, needed = _bytes_needed(shape)
-        free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else _memory()
-        head = {"shape": shape.name, "parameters": f"{parameters / 1e6:.0f} M", "dtype": str(shape.dtype)[6:]}
-        if needed > 0.8 * free:
-            rows.append(head | {"note": f"skipped: needs {needed / 1e9:.0f} GB of {free / 1e9:.0f} GB"})
+        dtype = str(shape.dtype).removeprefix("torch.")
+        parameters = _bytes_needed(shape, 1)[0]
+        head = {"shape": shape.name, "parameters": f"{parameters / 1e6:.0f} M", "dtype": dtype}
+        if skipped := _lacks(shape, shape.contexts[0], device, made=False):
+            rows.append(head | {"note": skipped})
         else:
-            rows += [head | row for row in _of_shape(shape, device, repeats, peak)]
+            rows += [head | row for row in _of_shape(shape, device, repeats, peaks[dtype])]
     return rows
