@@ -129,7 +129,7 @@ def _of_shape(shape: Shape, device: torch.device, repeats: int, peak: float) -> 
 
     for frames in tqdm(shape.contexts, desc=f"{shape.name} contexts", leave=False):
         head = {"tokens": tokens, "context": frames}
-        if skipped := _lacks(shape, frames, device, made=context is not None):
+        if skipped := _lacks(shape, frames, device, made=True):
             rows.append(head | {"note": skipped})
             break
         context = _filled(flow, shape, frames, device, context)

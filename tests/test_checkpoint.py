@@ -32,8 +32,10 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def directory(original: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
-    return Path(shutil.copytree(original, tmp_path / "world"))
+    """A copy to spoil, without digests: the contents are checked for themselves."""
+    copy = Path(shutil.copytree(original, tmp_path / "world"))
+    edit(copy, lambda data: data["sha256"].clear())
+    return copy
 
 
 def refused(directory: Path, *words: str, kind: type[Exception] = WorldModelError) -> str:
@@ -140,6 +142,20 @@ def test_each_file_replaced_by_rubbish(directory: Path, part: str) -> None:
     ):
         (directory / part).write_bytes(rubbish)
         refused(directory, part, kind=CheckpointError)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_flipped_bit_or_another_worlds_file_is_refused(original: Path, tmp_path: Path, part: str) -> None:
+    """Among the numbers nothing but the digest can tell: it would be loaded as other weights, or other clips."""
+    if part == "world.json":
+        WorldModel.load(original)  # the digests of what was written are those that it lists
+        assert set(read_spec(original).sha256) == set(PARTS) - {part}
+        return
+    directory = Path(shutil.copytree(original, tmp_path / "world"))
+    content = bytearray((directory / part).read_bytes())
+    content[-40] ^= 1
+    (directory / part).write_bytes(content)
+    refused(directory, part, "SHA-256", "copy the world directory again", kind=CheckpointError)
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -1,6 +1,6 @@
 """A world on disk: a directory of JSON and safetensors, checked before it is trusted.
 
-    world.json            format version, configuration, spaces, fps, provenance, measured quality
+    world.json            format version, configuration, spaces, fps, provenance, measured quality, SHA-256 of the others
     flow.safetensors      flow and action encoder      codec.safetensors      heads.safetensors (where it has heads)
     starts.npz            initial clips (where it has a bank): frames (S, T, F, height, width, 3) uint8, or (S, n, height,
                           width, 3) where the first chunk is one picture; actions (S, T, ...)
@@ -14,11 +14,12 @@ A large part is cut into shards, ``flow-00001-of-00007.safetensors`` and so on, 
 from __future__ import annotations
 
 import hashlib
+import io
 import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -67,7 +68,8 @@ class WorldSpec:
     that knows neither. text: how prompts condition it, None for a world without. dtype: of the flow's weights and hidden
     states; tokens, affine maps and densities are float32 whatever it is. bank: it has real clips to start from.
     environment: id and arguments of the real environment it was learned from, and how episodes were collected.
-    provenance: how it was made. quality: measured on held-out episodes.
+    provenance: how it was made. quality: measured on held-out episodes. sha256: of the files that were written with it;
+    `write_world` sets it.
     """
 
     name: str
@@ -85,6 +87,7 @@ class WorldSpec:
     environment: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
     format: int = WORLD_FORMAT
 
     def __post_init__(self) -> None:
@@ -254,16 +257,27 @@ def read_world(name: str | Path) -> WorldFiles:
     """Read and check a world directory.
 
     Raises:
-        CheckpointError: missing, corrupt or truncated files. ConfigError: unknown or missing keys in world.json.
+        CheckpointError: missing, corrupt or truncated files, or not those that world.json was written with. ConfigError:
+            unknown or missing keys in world.json.
     """
     path, spec = find_world(name), read_spec(name)
     digest = hashlib.sha256()
     tensors = {}
     for part in spec.parts:
-        tensors[part], fingerprint = read_tensors(path / f"{part}.safetensors")
-        digest.update(fingerprint)
+        file = path / f"{part}.safetensors"
+        tensors[part], identity = read_tensors(file)
+        _check_digest(file, identity, spec)
+        digest.update(identity)
     starts = _read_starts(path / "starts.npz", spec) if spec.bank else {}
     return WorldFiles(spec, tensors, starts, digest.hexdigest(), path)
+
+
+def _check_digest(file: Path, content: bytes, spec: WorldSpec) -> None:
+    if spec.sha256.get(file.name, found := hashlib.sha256(content).hexdigest()) != found:
+        raise CheckpointError(
+            f"{file}: its SHA-256 is not the one in world.json, so it is damaged or of another world; copy the world "
+            "directory again"
+        )
 
 
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError) + (
@@ -276,7 +290,9 @@ _DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError) 
 
 def _read_starts(file: Path, spec: WorldSpec) -> Mapping[str, np.ndarray]:
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        content = file.read_bytes()
+        _check_digest(file, content, spec)
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             starts = {key: archive[key] for key in archive.files}
             if "frames" not in starts:
                 raise KeyError("frames")
@@ -336,13 +352,15 @@ def write_world(
         CheckpointError: it cannot be written.
     """
     writable(path)
-    for part, values in tensors.items():
-        stored = {k: v.detach().cpu().contiguous() for k, v in values.items()}
-        save_tensors(path / f"{part}.safetensors", stored, {})
+    written = [path / f"{part}.safetensors" for part in tensors]
+    for file, values in zip(written, tensors.values(), strict=True):
+        save_tensors(file, {k: v.detach().cpu().contiguous() for k, v in values.items()}, {})
     if spec.bank:
-        write_atomic(path / "starts.npz", lambda file: _write_starts(file, starts))
+        written.append(path / "starts.npz")
+        write_atomic(written[-1], lambda file: _write_starts(file, starts))
     write_text(path / "README.md", card)
-    write_json(path / "world.json", config_to_dict(spec))
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in written}
+    write_json(path / "world.json", config_to_dict(replace(spec, sha256=digests)))
 
 
 def _write_starts(file: Path, starts: Mapping[str, np.ndarray]) -> None:
