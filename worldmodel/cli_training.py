@@ -25,7 +25,10 @@ def collect(
     chunks: Annotated[int | None, typer.Option(help="Length of an episode in chunks.")] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="Behaviour policy NAME or NAME=SHARE; may be given several times."),
+        typer.Option(
+            help="Behaviour policy NAME or NAME=SHARE; may be given several times. NAME: random, random_held, or "
+            "MODULE:FUNCTION of your own (docs/episodes.md)."
+        ),
     ] = None,
     hide: Annotated[
         list[str] | None, typer.Option(help="Attribute of the simulator to set to None while filming.")

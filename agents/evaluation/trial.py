@@ -150,10 +150,10 @@ def walk(env: ChunkedEnv, made: CollectConfig, seed: int, chunks: int) -> Walk:
     shares = np.array([policy.share for policy in made.policies])
     name = made.policies[int(rng.choice(len(shares), p=shares / shares.sum()))].name
     policy = make_policy(name, env.action_space, rng)
-    first, _ = env.reset(seed=seed)
+    first, info = env.reset(seed=seed)
     frames, actions, seen, terminated = [], [], [], False
     for _ in range(chunks):
-        action = policy(env)
+        action = policy(env, info["observation"])
         chunk, _, terminated, truncated, info = env.step(action)
         frames.append(chunk)
         actions.append(action)

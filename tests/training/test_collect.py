@@ -160,11 +160,56 @@ def test_the_swing_policy_gets_upright() -> None:
         env.reset(seed=seed)
         act = make_policy("pendulum_swing", env.action_space, np.random.default_rng(seed))
         for _ in range(50):
-            action = act(env)
+            action = act(env, None)
             for _ in range(4):
                 observation, *_ = env.step(action)
         upright.append(observation[0])
     assert np.median(upright) > 0.8
+
+
+OWN_POLICY = """
+import numpy as np
+
+def leaning(action_space, rng):
+    flip = rng.random() < 0.5
+    return lambda env, observation: np.int64((observation[2] > 0) ^ flip)
+
+def lost(action_space, rng):
+    return lambda env, observation: (7, None)
+
+def broken(action_space, rng):
+    return lambda env, observation: observation["angle"]
+"""
+
+
+def test_a_policy_of_ones_own_sees_the_simulators_observation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_policies.py").write_text(OWN_POLICY)
+    monkeypatch.syspath_prepend(str(tmp_path))  # workers have the path of their parent
+    monkeypatch.delitem(sys.modules, "own_policies", raising=False)
+    config = replace(CARTPOLE, policies=(PolicyShare("own_policies:leaning"),))
+    collect(config, tmp_path / "data")
+    dataset = EpisodeDataset.open(tmp_path / "data")
+    flips = set()
+    for index in range(config.episodes):
+        episode = dataset.episode(index)
+        before = episode.observations[:: config.frame_skip][: len(episode.actions), 2] > 0
+        flips |= set((episode.actions ^ before).tolist())
+        assert (
+            len(set((episode.actions ^ before).tolist())) == 1
+            and episode.meta["policy"] == "own_policies:leaning"
+        )
+    assert flips == {0, 1}
+    for name, words in {
+        "lost": "returned \\(7, None\\), expected one of Discrete",
+        "broken": "does not act in CartPole-v1: IndexError",
+        "absent": "no function 'absent' in own_policies, expected f\\(action_space, rng\\)",
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            collect(replace(CARTPOLE, policies=(PolicyShare(f"own_policies:{name}"),)), tmp_path / "other")
+    with pytest.raises(ConfigError, match="cannot import 'no_such_module'"):
+        collect(replace(CARTPOLE, policies=(PolicyShare("no_such_module:act"),)), tmp_path / "other")
 
 
 def test_a_reward_that_is_not_finite_is_refused() -> None:

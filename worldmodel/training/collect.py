@@ -25,14 +25,14 @@ from worldmodel.condition.spaces import space_to_json
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.files import config_to_dict, read_json, remove_leftovers, require_at_least, write_json
 from worldmodel.training.episodes import FORMAT_VERSION, Episode, episode_path, save_episode
-from worldmodel.training.policies import POLICIES, WIDE_STARTS, make_policy
+from worldmodel.training.policies import WIDE_STARTS, find_policy, make_policy
 
 LARGEST_OBSERVATION = 1024  # numbers; larger ones (images) are not kept beside the frames
 
 
 @dataclass(frozen=True)
 class PolicyShare:
-    """A behaviour policy by name (see `policies.POLICIES`) and its relative share of the episodes."""
+    """A behaviour policy by name (see `policies.find_policy`) and its relative share of the episodes."""
 
     name: str
     share: float = 1.0
@@ -69,8 +69,8 @@ class CollectConfig:
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}, expected at least 0")
         for policy in self.policies:
-            if policy.name not in POLICIES:
-                raise ConfigError(f"no policy {policy.name!r}; choose from {', '.join(POLICIES)}")
+            if ":" not in policy.name:  # of others the module is imported when they are needed
+                find_policy(policy.name)
         if self.wide_starts and self.env not in WIDE_STARTS:
             raise ConfigError(
                 f"no wide start for {self.env}; known for {', '.join(WIDE_STARTS)}; set it to 0"
@@ -169,7 +169,7 @@ def collect_episode(config: CollectConfig, env: gymnasium.Env[Any, Any], index: 
     actions, terminated, truncated = [], [], []
     rewards: list[float] = []
     for _ in range(config.chunks):
-        action, total, ended, cut = policy(env), 0.0, False, False
+        action, total, ended, cut = policy(env, observation), 0.0, False, False
         for _ in range(config.frame_skip):
             if not (ended or cut):
                 observation, reward, ended, cut, _ = env.step(action)
@@ -279,10 +279,10 @@ def _is_whole(path: Path) -> bool:
 def _describe(config: CollectConfig) -> dict[str, Any]:
     env = _make(config)
     try:
-        env.reset(seed=0)
+        observation, _ = env.reset(seed=0)
         take_picture(env, config)
         for policy in config.policies:
-            _check_policy(policy.name, env)
+            _check_policy(policy.name, env, observation)
         return {
             "format_version": FORMAT_VERSION,
             "episodes": config.episodes,
@@ -304,13 +304,19 @@ def _describe(config: CollectConfig) -> dict[str, Any]:
         env.close()
 
 
-def _check_policy(name: str, env: gymnasium.Env[Any, Any]) -> None:
+def _check_policy(name: str, env: gymnasium.Env[Any, Any], observation: Any) -> None:
+    make, action, why = find_policy(name), None, ""
     try:
-        fits = env.action_space.contains(make_policy(name, env.action_space, np.random.default_rng(0))(env))
-    except (AttributeError, ImportError, LookupError, TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise ConfigError(f"the policy {name!r} is for another environment; random and random_held suit any")
+        action = make(env.action_space, np.random.default_rng(0))(env, observation)
+        fits = env.action_space.contains(action)
+    except (AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+        fits, why = False, f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if fits:
+        return
+    if ":" in name:
+        why = why or f"it returned {action!r:.80}, expected one of {env.action_space}"
+        raise ConfigError(f"the policy {name!r} does not act in {env.spec.id if env.spec else env}: {why}")
+    raise ConfigError(f"the policy {name!r} is for another environment; random and random_held suit any")
 
 
 def _check_same_collection(folder: Path, info: dict[str, Any]) -> None:

@@ -1,28 +1,32 @@
-"""Behaviour policies that collect episodes, and wide starts. All randomness comes from the rng."""
+"""Behaviour policies that collect episodes, by name or as MODULE:FUNCTION, and wide starts. All randomness comes from the
+rng.
+"""
 
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import numpy as np
 
 from worldmodel.errors import ConfigError
 
-Policy = Callable[[gymnasium.Env[Any, Any]], Any]
-"""Called once a chunk with the environment; returns the action to hold."""
+Policy = Callable[[gymnasium.Env[Any, Any], Any], Any]
+"""Called once a chunk with the environment and its last observation; returns the action to hold."""
 
 MakePolicy = Callable[[gymnasium.Space[Any], np.random.Generator], Policy]
+"""Called once an episode with the action space and the episode's generator."""
 
 
 def random(space: gymnasium.Space[Any], rng: np.random.Generator) -> Policy:
     """A new uniform action every chunk."""
     own = copy.deepcopy(space)
     own.seed(int(rng.integers(2**31)))
-    return lambda env: own.sample()
+    return lambda env, observation: own.sample()
 
 
 def random_held(space: gymnasium.Space[Any], rng: np.random.Generator) -> Policy:
@@ -30,10 +34,10 @@ def random_held(space: gymnasium.Space[Any], rng: np.random.Generator) -> Policy
     draw = random(space, rng)
     left, action = 0, None
 
-    def act(env: gymnasium.Env[Any, Any]) -> Any:
+    def act(env: gymnasium.Env[Any, Any], observation: Any) -> Any:
         nonlocal left, action
         if left == 0:
-            left, action = int(rng.integers(1, 9)), draw(env)
+            left, action = int(rng.integers(1, 9)), draw(env, observation)
         left -= 1
         return action
 
@@ -53,7 +57,7 @@ def pendulum_restless(space: gymnasium.Space[Any], rng: np.random.Generator) -> 
 def _pump_and_balance(scale: float, rng: np.random.Generator) -> Policy:
     """scale: of the torque's noise, in N m. The gains suit a torque held for 4 steps of 0.05 s."""
 
-    def act(env: gymnasium.Env[Any, Any]) -> np.ndarray:
+    def act(env: gymnasium.Env[Any, Any], observation: Any) -> np.ndarray:
         theta, speed = (float(x) for x in getattr(env.unwrapped, "state"))  # noqa: B009
         theta = (theta + math.pi) % (2 * math.pi) - math.pi
         energy = speed**2 / 2 + 15 * (math.cos(theta) - 1)
@@ -73,10 +77,10 @@ def lunar_lander(space: gymnasium.Space[Any], rng: np.random.Generator) -> Polic
     share = float(rng.choice([0.0, 0.05, 0.15, 0.3, 0.6]))
     draw = random_held(space, rng)
 
-    def act(env: gymnasium.Env[Any, Any]) -> int:
+    def act(env: gymnasium.Env[Any, Any], observation: Any) -> int:
         world: Any = env.unwrapped
         state = lander_state(world)  # also where it is not needed: of another environment there is none
-        return int(draw(env) if rng.random() < share else simulator.heuristic(world, state))
+        return int(draw(env, observation) if rng.random() < share else simulator.heuristic(world, state))
 
     return act
 
@@ -110,15 +114,36 @@ POLICIES: dict[str, MakePolicy] = {
 }
 
 
-def make_policy(name: str, space: gymnasium.Space[Any], rng: np.random.Generator) -> Policy:
-    """The policy of that name for one episode.
+def find_policy(name: str) -> MakePolicy:
+    """What makes a policy: one of `POLICIES`, or the FUNCTION of ``MODULE:FUNCTION``, whose module is imported.
 
     Raises:
-        ConfigError: no policy of that name.
+        ConfigError: no policy of that name, no such module, or no such function in it.
     """
-    if name not in POLICIES:
-        raise ConfigError(f"no policy {name!r}; choose from {', '.join(POLICIES)}")
-    return POLICIES[name](space, rng)
+    module, colon, function = name.partition(":")
+    if not colon:
+        if name not in POLICIES:
+            raise ConfigError(
+                f"no policy {name!r}; choose from {', '.join(POLICIES)}, or give MODULE:FUNCTION"
+            )
+        return POLICIES[name]
+    try:
+        made = getattr(importlib.import_module(module), function, None)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"policy {name!r}: cannot import {module!r} ({' '.join(str(error).split())})"
+        ) from error
+    if not callable(made):
+        raise ConfigError(
+            f"policy {name!r}: no function {function!r} in {module}, expected f(action_space, rng) that returns "
+            "act(env, observation)"
+        )
+    return cast(MakePolicy, made)
+
+
+def make_policy(name: str, space: gymnasium.Space[Any], rng: np.random.Generator) -> Policy:
+    """The policy of that name for one episode. Raises ConfigError as `find_policy`."""
+    return find_policy(name)(space, rng)
 
 
 Start = Callable[[gymnasium.Env[Any, Any], np.random.Generator], np.ndarray]
