@@ -89,12 +89,6 @@ class WorldServer:
         self._context.set(zmq.MAX_SOCKETS, 16384)
         self._inbox = Calls()
         pair = None if keys is None else keys.server()
-        self.zap = None if keys is None else ZapHandler(self._context, keys)
-        try:
-            self.transport = Transport(self._context, url, pair)
-        except InputError:
-            self._shut()
-            raise
         self.public_key = None if pair is None else pair.public
         self.viewers = Viewers(self._context, pair, backend.facts, self._answer, self._inbox.ask)
         self.worker = Worker(backend, lambda done: self._inbox.ask(lambda: self._finish(done)), window, rows)
@@ -108,7 +102,15 @@ class WorldServer:
         self._draining: float | None = None
         self._thread: threading.Thread | None = None
         self._up = threading.Event()
-        self.health = None if health is None else HealthPages(health, self.alive, self.ready, self.metrics)
+        self.zap = None if keys is None else ZapHandler(self._context, keys)
+        self.health: HealthPages | None = None
+        try:
+            self.transport = Transport(self._context, url, pair)
+            if health is not None:
+                self.health = HealthPages(health, self.alive, self.ready, self.metrics)
+        except InputError:
+            self._shut()
+            raise
 
     # ---- life ------------------------------------------------------------------------------------------------
     @property
@@ -173,13 +175,15 @@ class WorldServer:
         return waited > DRAIN or (waited > STRAGGLERS and not self._running and not self.transport.flush())
 
     def _shut(self) -> None:
-        if hasattr(self, "worker"):
+        """Close what there is: of a server that could not be made, some of it."""
+        if self.worker.is_alive():
             self.worker.stop()
             self.worker.join(DRAIN)
-            self.viewers.close()
+        self.viewers.close()
+        if hasattr(self, "transport"):
             self.transport.close(1.0)
-            if self.health is not None:
-                self.health.close()
+        if self.health is not None:
+            self.health.close()
         if self.zap is not None:
             self.zap.stop()
         self._inbox.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,6 +174,26 @@ def test_a_taken_address_is_one_line() -> None:
             WorldServer(NullBackend(), wrong)
     with pytest.raises(InputError, match="up to 65535"):
         WorldServer(NullBackend(), "tcp://127.0.0.1:99999")
+
+
+@pytest.mark.parametrize("with_keys", [False, True])
+def test_a_server_that_cannot_be_made_holds_nothing(tmp_path: Path, with_keys: bool) -> None:
+    """Not for the garbage collector, which would wait for its open sockets without end."""
+    keys = KeyStore(tmp_path) if with_keys else None
+    with WorldServer(NullBackend(), "tcp://127.0.0.1:*", health=0) as server:
+        assert server.health is not None
+        taken = server.health.port
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        threads = set(threading.enumerate())
+        with pytest.raises(InputError, match="choose another --health") as refused:
+            WorldServer(NullBackend(), url, keys=keys, health=taken)
+        assert set(threading.enumerate()) == threads
+        with WorldServer(
+            NullBackend(), url, keys=keys
+        ) as again:  # while the traceback refers to the other one
+            assert again.ready() and refused
 
 
 @pytest.mark.parametrize("port", [99999, -1])
