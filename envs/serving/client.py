@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -231,6 +232,8 @@ class RemoteEnv(gymnasium.Env[np.ndarray, Any]):
         """
         children = []
         for session in self.session.fork(n):
+            if self.render_mode == "human":  # one window shows one environment
+                session.options = replace(session.options, render_mode=None)
             child = type(self).__new__(type(self))
             child._begin(session, self.remote)
             children.append(child)

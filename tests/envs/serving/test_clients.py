@@ -18,7 +18,16 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.utils.env_match import check_environments_match
 from gymnasium.wrappers import RecordEpisodeStatistics
 
-from envs import ChunkedEnv, RecordChunks, RemoteEnv, RemoteVectorEnv, WorldModelEnv, WorldModelVectorEnv
+from envs import (
+    ChunkedEnv,
+    RecordChunks,
+    RemoteEnv,
+    RemoteVectorEnv,
+    WorldModelEnv,
+    WorldModelVectorEnv,
+    world_env,
+)
+from envs.serving import client
 from envs.serving.protocol import ServingError
 from envs.serving.remote import RemoteChunk, RemoteScore
 from envs.serving.server import WorldServer
@@ -390,6 +399,32 @@ def test_forks_stand_where_their_parent_does_on_the_server(toy_server: WorldServ
     assert child.session.current().info["chunk"] == 1
     assert child.resume()[-1] == child.session.current().info
     child.close(), env.close()
+
+
+def test_forks_have_no_window(
+    toy: WorldModel, toy_server: WorldServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As local ones: all would draw into their parent's, and wait for it at each step."""
+    for module in (world_env, client):
+        monkeypatch.setattr(module, "Window", lambda *_: Screen())
+    for env in (WorldModelEnv(toy, render_mode="human"), RemoteEnv(toy_server.url, render_mode="human")):
+        env.reset(seed=0)
+        for child in env.fork(2):
+            assert child.render_mode is child.options.render_mode is None
+            assert child._window is None
+            child.close()
+        assert env._window is not None
+        env.close()
+
+
+class Screen:
+    """A window that nobody sees."""
+
+    def show(self, frames: np.ndarray) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def test_wrong_actions_of_one_slot_change_no_slot(toy: WorldModel, toy_server: WorldServer) -> None:
