@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from worldmodel.errors import InputError
+
+log = logging.getLogger(__name__)
 
 RECOVERY = 30.0  # seconds until memory that stays above its limit is worth another try
 _STATM = Path("/proc/self/statm")
@@ -98,13 +102,20 @@ class HealthPages:
             def log_message(self, format: str, *args: object) -> None:
                 """Nothing on standard error."""
 
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, request: object, client_address: object) -> None:
+                """A prober that hung up is nothing to tell."""
+                if not isinstance(sys.exception(), OSError):
+                    log.exception("a health page failed")
+
         try:
-            self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+            self._server = Server(("127.0.0.1", port), Handler)
         except (OSError, OverflowError) as error:
             raise InputError(
                 f"cannot serve /healthz on port {port}: {error}; choose another --health"
             ) from error
-        self._server.daemon_threads = True
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="worldmodel-health", daemon=True

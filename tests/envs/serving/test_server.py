@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -461,6 +463,18 @@ def test_health_pages() -> None:
         server.worker.join(PATIENCE)
         assert get(port, "/readyz")[0] == 503
         assert get(port, "/healthz")[0] == 200
+
+
+def test_probers_that_hang_up_leave_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    with WorldServer(NullBackend(), "tcp://127.0.0.1:*", health=0) as server:
+        assert server.health is not None
+        for end in (b"", b"\r\n"):  # before the request is whole, and before it is answered
+            with socket.create_connection(("127.0.0.1", server.health.port)) as prober:
+                prober.sendall(b"GET /metrics HTTP/1.0\r\n" + end)
+                prober.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        eventually(lambda: not any("process_request" in thread.name for thread in threading.enumerate()))
+        assert get(server.health.port, "/healthz") == (200, "ok\n")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 SERVE = """
