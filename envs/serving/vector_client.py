@@ -29,7 +29,7 @@ from envs.slots import (
     slot_horizons,
     slot_seeds,
 )
-from worldmodel.condition.spaces import pack_actions, packed_size
+from worldmodel.condition.spaces import pack_actions
 
 VectorStep = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]
 
@@ -235,6 +235,6 @@ class RemoteVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
     def _checked(self, actions: Any, slots: Sequence[int]) -> dict[int, Any]:
         """Each slot's action; all are checked here, so that none is sent where one is wrong."""
         rows = slot_actions(self.single_action_space, actions, self.num_envs)
-        if slots and packed_size(self.single_action_space):
+        if slots:
             pack_actions(self.single_action_space, pick(rows, list(slots)), len(slots))
         return {b: pick(rows, b) for b in slots}

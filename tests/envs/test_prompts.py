@@ -166,6 +166,21 @@ def test_a_served_world_takes_prompts_as_a_local_one(told: WorldModel, both: Wor
             remote.close()
 
 
+@pytest.mark.parametrize("name", ["told", "both"])
+def test_a_wrong_prompt_of_one_slot_changes_no_slot(name: str, request: pytest.FixtureRequest) -> None:
+    world = request.getfixturevalue(name)
+    with WorldServer(WorldBackend(world), "tcp://127.0.0.1:*") as server:
+        remote = envs.RemoteVectorEnv(server.url, 2)
+        remote.reset(seed=0)
+        wrong: Any = ["a cat", "x" * 65]
+        if name == "both":
+            wrong = {"prompt": wrong, "action": np.zeros((2, 1), np.float32)}
+        with pytest.raises(InputError, match="65 characters"):
+            remote.step(wrong)
+        assert [session.seq for session in remote.sessions] == [0, 0]
+        remote.close()
+
+
 def test_a_served_snapshot_goes_over_to_a_session_with_guidance(told: WorldModel) -> None:
     backend = WorldBackend(told)
     with WorldServer(backend, "tcp://127.0.0.1:*") as server:
