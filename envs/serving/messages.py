@@ -58,8 +58,8 @@ def encode_request(request: Request) -> list[bytes | memoryview]:
     """The message frames of a request; blobs are views of its arrays, not copies.
 
     Raises:
-        ServingError: an array of another dtype (``bad_frame``), a message over the limits (``too_large``), or an integer
-            of more than 64 bits (``invalid``).
+        ServingError: an array of another dtype (``bad_frame``), a message, text or list over the limits (``too_large``),
+            or an integer of more than 64 bits (``invalid``).
     """
     header: dict[str, Any] = {"v": VERSION, "op": request.op, "id": request.id}
     if request.session is not None:
@@ -70,7 +70,14 @@ def encode_request(request: Request) -> list[bytes | memoryview]:
         header["deadline"] = request.deadline
     if request.args:
         header["args"] = dict(request.args)
-    return _frames(header, request.arrays)
+    frames = _frames(header, request.arrays)
+    try:
+        msgpack.unpackb(frames[1], **_LIMITS)
+    except ValueError as error:  # a server could not even read which request this is
+        raise ServingError(
+            "too_large", f"a text or a list of {request.op} is too long ({error}); give a shorter one"
+        ) from error
+    return frames
 
 
 def encode_reply(reply: Reply) -> list[bytes | memoryview]:

@@ -13,6 +13,7 @@ from gymnasium.utils.env_checker import check_env
 import envs
 from envs.options import batch_of_one
 from envs.serving.batches import kinds, stacked
+from envs.serving.protocol import ServingError
 from envs.serving.server import WorldServer
 from envs.serving.world_backend import WorldBackend
 from tests.toy import TEXT, TOLD, toy_world, write_wan_toy
@@ -163,7 +164,16 @@ def test_a_served_world_takes_prompts_as_a_local_one(told: WorldModel, both: Wor
             for wrong in ("a cat", ["x" * 100], [["a"]]):
                 with pytest.raises(InputError):
                     remote.imagine(wrong if world is told else {"prompt": wrong, "action": torque[:1]})
+            with pytest.raises(ServingError, match="of reset is too long"):
+                remote.reset(options={"prompt": "a " * 2049})
+            remote.step(wordy(world, "a cat"))
             remote.close()
+
+
+def wordy(world: WorldModel, text: str) -> Any:
+    """An action with this prompt."""
+    space = world.spec.action_space
+    return {"prompt": text, "action": np.zeros(1, np.float32)} if isinstance(space, spaces.Dict) else text
 
 
 @pytest.mark.parametrize("name", ["told", "both"])

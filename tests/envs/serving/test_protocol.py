@@ -402,6 +402,18 @@ def test_too_large() -> None:
 
 
 @pytest.mark.parametrize(
+    ("op", "args"),
+    [("reset", {"prompt": "x" * 4097}), ("imagine", {"text": {"action": ["x"] * 513}})],
+    ids=["text", "list"],
+)
+def test_what_no_server_could_read_is_refused_here(op: str, args: dict[str, Any]) -> None:
+    """Its refusal would name no request, and who sent it would wait for an answer in vain."""
+    with pytest.raises(ServingError, match=f"of {op} is too long .* give a shorter one") as caught:
+        encode_request(Request(op, new_id(), SESSION, 1 if op == "reset" else None, args=args))
+    assert caught.value.code == "too_large"
+
+
+@pytest.mark.parametrize(
     "head",
     [
         {"v": 1, "id": bytes(16), "ok": True},
