@@ -136,7 +136,7 @@ class Connection:
 
     def _configure(self, keys: ClientKeys | None) -> None:
         s = self._socket
-        s.linger, s.maxmsgsize = 0, MAX_MESSAGE
+        s.linger, s.maxmsgsize, s.ipv6 = 0, MAX_MESSAGE, "[" in self.url
         # Replies answer this socket's own requests and need no bound; and at one, libzmq may abort, see `Transport`.
         s.sndhwm, s.rcvhwm = 2 * HIGH_WATER, 0
         s.heartbeat_ivl, s.heartbeat_timeout, s.heartbeat_ttl = 1000, 3000, 3000

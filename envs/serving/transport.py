@@ -56,6 +56,7 @@ def bound(
         socket.curve_server, socket.zap_domain = True, ZAP_DOMAIN
         socket.zap_enforce_domain = True  # else a dead handler would let every key in
         socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
+    socket.ipv6 = "[" in url  # not always: libzmq would write IPv4 addresses as IPv6 ones
     end = time.monotonic() + patience
     port = url.rpartition(":")[2]
     try:

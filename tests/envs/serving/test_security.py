@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from benchmarks.null_world import NullBackend
 from envs.serving import security
+from envs.serving.connection import ClientKeys, Connection
 from envs.serving.health import HealthPages
 from envs.serving.security import (
     KeyPair,
@@ -161,6 +162,28 @@ def test_beyond_the_loopback_only_with_keys(tmp_path: Path) -> None:
         WorldServer(NullBackend(), "tcp://0.0.0.0:*")
     with WorldServer(NullBackend(), "tcp://0.0.0.0:*", keys=KeyStore(tmp_path)) as server:
         assert server.ready()
+
+
+def test_an_address_of_ipv6(tmp_path: Path) -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    store = KeyStore(tmp_path)
+    pair = store.new("alice")
+    store.allow("alice", pair.public)
+    for url, keys in (("tcp://[::1]:*", None), ("tcp://[::]:*", store)):
+        with WorldServer(NullBackend(), url, keys=keys) as server:
+            assert server.url.startswith(url[:-1])
+            port, public = server.url.rpartition(":")[2], server.public_key
+            curve = None if public is None else ClientKeys(public, pair.public, pair.secret)
+            connection = Connection(f"tcp://[::1]:{port}", curve)
+            session = connection.ask("create").result["session"]
+            assert connection.ask("broadcast", session=session).result["port"]
+            server._inbox.ask(server.transport.rebind)
+            assert connection.ask("hello").result["protocol"] == 1
+            connection.close()
 
 
 def test_a_taken_address_is_one_line() -> None:
