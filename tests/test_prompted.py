@@ -163,6 +163,23 @@ def test_the_past_under_the_empty_prompt_written_late_is_the_one_kept_all_along(
     assert a.guided_log_prob is not None and float(a.action_gain) != 0.0
 
 
+def test_a_guided_sampler_scores_and_observes_as_it_steps(both: WorldModel) -> None:
+    action = {"prompt": ["a corgi"], "action": np.ones((1, 1), np.float32)}
+    state, _ = both.step(both.initial_state([0], ["a corgi"]), action)  # no past under the empty prompt
+    exact = replace(GUIDED, tolerance=0.0)
+    stepped, chunk = both.step(state, action, exact)
+    noise = both.infer_noise(state, chunk.latent, action, exact)
+    again, _ = both.step(state, action, exact, noise=noise)
+    torch.testing.assert_close(
+        again.noisy[:, -1:], both.flow.tokens(chunk.latent[:, None]), rtol=0, atol=1e-4
+    )
+    observed, seen = both.observe(state, chunk.frames, action, exact)
+    WorldState.concat([stepped, observed])  # of one form
+    ready = both.with_sampling(exact).adopt(state)
+    _, known = both.observe(ready, chunk.frames, action, exact)
+    close(seen, known)
+
+
 @pytest.mark.parametrize("told", [False, True], ids=["prompt", "prompt and action"])
 def test_the_gain_is_over_the_empty_prompt_and_no_action(
     world: WorldModel, both: WorldModel, told: bool

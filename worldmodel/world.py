@@ -250,12 +250,12 @@ class WorldModel(WorldParts):
         Raises:
             InputError: wrong shape, dtype or range.
         """
+        sampling = sampling or self.spec.sampling
         packed, features = self._action(action, state.rows)
-        state = self._told(state, action)
+        state = self._told(state, action, sampling.guidance)
         pixels, latent, codec = self._encode(state, frames)
         noise = self._noise(state, None, OBSERVE)
         x = self.flow.tokens((latent + self.flow.config.noise_std * noise)[:, None])
-        sampling = sampling or self.spec.sampling
         context = self.flow.deep.reserve(self._room(state, sampling))
         with self.flow.deep.given_back(context):
             after, likelihood = self._commit(state, context, x, features, sampling.guidance)
@@ -297,13 +297,13 @@ class WorldModel(WorldParts):
             raise InputError(f"draws is {draws}, expected at least 1")
         if noise is not None and draws > 1:
             raise InputError(f"one given noise for {draws} draws, expected 1 draw")
+        sampling = sampling or self.spec.sampling
         packed, features = self._action(action, state.rows)
-        state = self._told(state, action)
+        state = self._told(state, action, sampling.guidance)
         if isinstance(frames, Tensor) and tuple(frames.shape) == (state.rows, *self.latent_shape):
             latent = frames.to(self.device, torch.float32)
         else:
             _, latent, _ = self._encode(state, frames)
-        sampling = sampling or self.spec.sampling
         context = self._room(state, sampling, look_ahead=False)
         results = []
         for draw in range(draws):
@@ -433,7 +433,7 @@ class WorldModel(WorldParts):
         outcome: Outcome = self.heads(before.latent, latent if seen is None else seen, packed)
         return seen, outcome
 
-    def _told(self, state: WorldState, action: Any, guidance: float = 0.0) -> WorldState:
+    def _told(self, state: WorldState, action: Any, guidance: float) -> WorldState:
         """The sessions under the prompts of ``action``, and with a past under the empty one where guidance asks for it."""
         captions = prompts_of(self.spec.action_space, action, state.rows)
         if self.prompts is None:
