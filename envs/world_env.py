@@ -243,7 +243,7 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
         children, states = [], state.fork(n)
         for i in range(n):
             child = WorldModelEnv(
-                self._source,
+                self.world,
                 step_mode=self.options.step_mode,
                 observation=self.options.observation,
                 max_chunks=self.max_chunks,

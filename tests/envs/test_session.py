@@ -74,6 +74,16 @@ def test_fork_and_original_match(toy: WorldModel, step_mode: Any) -> None:
     check_environments_match(env, child, num_steps=20, seed=2)
 
 
+def test_forks_are_of_the_world_in_memory(tmp_path: Path) -> None:
+    """Its folder may be gone, or hold another world by now, and is not read once more for each child."""
+    path = write_toy(tmp_path / "toy")
+    env = envs.WorldModelEnv(path)
+    env.reset(seed=1)
+    (path / "world.json").unlink()
+    (child,) = env.fork(1)
+    assert_same(play(env, 2), play(child, 2))
+
+
 @pytest.mark.parametrize("step_mode", ["chunk", "frame"])
 def test_forks_share_the_past_and_part(toy: WorldModel, step_mode: Any) -> None:
     env = envs.WorldModelEnv(toy, step_mode=step_mode, **NEVER)
