@@ -173,11 +173,9 @@ class WorldState:
         return replace(self, seeds=new, branches=zero, forks=zero)
 
     def caches(self) -> dict[str, KVCache]:
-        """The K/V held, by name: of this window and of the next, under the condition and under the empty prompt."""
+        """The K/V held, by name: of the window, of it under the empty prompt, and, without prompts, of the next."""
         c = self.context
-        named = {"cache": c.cache, "uncond": c.uncond}
-        if c.ahead is not None:
-            named |= {"ahead": c.ahead.cache, "ahead_uncond": c.ahead.uncond}
+        named = {"cache": c.cache, "uncond": c.uncond, "ahead": None if c.ahead is None else c.ahead.cache}
         return {k: v for k, v in named.items() if v is not None}
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -220,7 +218,7 @@ class WorldState:
             raise ValueError(f"{len(self.prompts)} prompts for {self.rows} sessions")
         if c.ahead is not None:
             known = [max(0, f - c.ahead_from) for f in c.frames]
-            if (c.ahead.uncond is None) != (c.uncond is None) or not 0 < c.ahead_from <= c.window:
+            if c.text is not None or not 0 < c.ahead_from <= c.window:
                 raise ValueError("the next window does not fit this one")
             if any(a > k for a, k in zip(c.ahead.frames, known, strict=True)):
                 raise ValueError("the next window holds frames that this one has not seen")
@@ -309,7 +307,7 @@ class WorldState:
             )
             ahead = cache("ahead")
             if ahead is not None:
-                next_window = replace(context, cache=ahead, uncond=cache("ahead_uncond"))
+                next_window = replace(context, cache=ahead)
                 context = replace(context, ahead=next_window, ahead_from=int(header["ahead_from"]))
             codec = {k.removeprefix("codec."): v for k, v in tensors.items() if k.startswith("codec.")}
             seeds, branches, forks, steps = (

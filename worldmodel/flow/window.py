@@ -48,11 +48,11 @@ def make_room(deep: DeepBlock, context: Context, keep: int | None, look_ahead: b
     if not any(full):
         return context
     if all(full):
-        return replace(context.ahead, ahead=_fresh(deep, context.ahead), ahead_from=begin)
+        return replace(context.ahead, ahead=_fresh(context.ahead), ahead_from=begin)
     some = [row for row, is_full in enumerate(full) if is_full]
     others = [row for row, is_full in enumerate(full) if not is_full]
     restarted = context.ahead.select(some)
-    restarted = replace(restarted, ahead=_fresh(deep, restarted), ahead_from=begin)
+    restarted = replace(restarted, ahead=_fresh(restarted), ahead_from=begin)
     return Context.concat((restarted, context.select(others))).select(_inverse([*some, *others]))
 
 
@@ -95,7 +95,7 @@ def _look_ahead(deep: DeepBlock, context: Context, begin: int) -> Context:
     window, keep = context.window, context.window - begin
     ahead = context.ahead
     if ahead is None or context.ahead_from != begin:
-        ahead = _fresh(deep, context)
+        ahead = _fresh(context)
     ahead = replace(ahead, u=context.u, features=context.features)
     size = max(min(max(AHEAD[0], -(-keep // 2)), AHEAD[1]), -(-keep // begin))
 
@@ -138,23 +138,10 @@ def _appended(deep: DeepBlock, ahead: Context, start: int, frames: int) -> Conte
     return replace(after, u=ahead.u, features=history)
 
 
-def _fresh(deep: DeepBlock, context: Context) -> Context:
-    """A context without frames for the same sessions; condition tokens at their first place are shared."""
-
-    def begin(cache: KVCache) -> KVCache:
-        cohorts = []
-        for c in cache.cohorts:
-            head = c.segments[:1] if c.prefix else ()
-            segments = tuple(replace(s, stop=s.start + c.prefix) for s in head)
-            cohorts.append(Cohort(c.rows, 0, 0, segments, c.prefix))
-        return KVCache(tuple(cohorts))
-
-    if any(c.first for c in context.cache.cohorts):  # rolled: the condition's place has moved
-        width = 0 if context.features is None else context.features.shape[-1]
-        grid, window = context.grid, context.window
-        return deep.start(len(context.u), grid, window, context.text, context.uncond_text, width)
-    uncond = None if context.uncond is None else begin(context.uncond)
-    return replace(context, cache=begin(context.cache), uncond=uncond, ahead=None, ahead_from=0)
+def _fresh(context: Context) -> Context:
+    """A context without frames for the same sessions, which have no condition tokens."""
+    cohorts = tuple(Cohort(c.rows, 0, 0, ()) for c in context.cache.cohorts)
+    return replace(context, cache=KVCache(cohorts), ahead=None, ahead_from=0)
 
 
 def _roll(deep: DeepBlock, context: Context) -> Context:
