@@ -17,6 +17,7 @@ import torch
 
 from envs.options import RESET_OPTIONS, EnvOptions
 from worldmodel import Chunk, InputError, WorldModel, WorldState
+from worldmodel.chunk import actions_at
 from worldmodel.training.episodes import EpisodeDataset
 
 Info = dict[str, float | int]
@@ -293,7 +294,7 @@ def begin(world: WorldModel, starts: Sequence[Start], seeds: Sequence[int]) -> t
         if not length:
             state, chunk = world.step(state)
         for t, part in enumerate(world.chunks_of(frames) if length else []):
-            state, chunk = world.observe(state, part, None if bare else at_chunk(actions, t))
+            state, chunk = world.observe(state, part, actions_at(actions, t))
         states.append(state)
         lasts.append(_held(chunk, world.chunk_frames))
         order += rows
@@ -316,8 +317,3 @@ def _stack(actions: Sequence[Any]) -> Any:
     if isinstance(actions[0], Mapping):
         return {key: _stack([a[key] for a in actions]) for key in actions[0]}
     return np.stack(actions)
-
-
-def at_chunk(actions: Any, t: int) -> Any:
-    """Chunk ``t`` of actions (B, T, ...), or of a dict of such arrays."""
-    return map_actions(actions, lambda values: values[:, t])

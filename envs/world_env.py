@@ -33,7 +33,6 @@ from envs.snapshot import Snapshot, check_snapshot, continue_snapshot
 from envs.turn import (
     Info,
     Turn,
-    at_chunk,
     begin,
     child_stream,
     choose_start,
@@ -294,15 +293,7 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
         Raises:
             InputError: wrong shape, type or range. ResetNeeded.
         """
-        state, lifted = self.state, batch_of_one(self.action_space, actions)
-        chunks = []
-        horizon = _horizon(lifted)
-        if horizon < 1:
-            raise InputError("imagine takes a sequence of actions, with chunks on the first axis")
-        for t in range(horizon):
-            state, chunk = self.world.step(state, at_chunk(lifted, t))
-            chunks.append(chunk)
-        return chunks
+        return self.world.rollout(self.state, batch_of_one(self.action_space, actions))[1]
 
     # ---- parts ----------------------------------------------------------------------------------------
     def _current(self) -> tuple[WorldState, Turn, Chunk]:
@@ -320,9 +311,3 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
             self._unrendered += list(frames.copy())
         if self._window is not None:
             self._window.show(frames)
-
-
-def _horizon(actions: Any) -> int:
-    if isinstance(actions, Mapping):
-        return min(_horizon(value) for value in actions.values())
-    return actions.shape[1] if actions.ndim > 1 else 0

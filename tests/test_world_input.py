@@ -18,7 +18,9 @@ from tests.sessions import (
     unchanged,
     walk,
 )
+from worldmodel.chunk import actions_at
 from worldmodel.errors import InputError, WorldModelError
+from worldmodel.inputs import chunks_given
 from worldmodel.sampling import Sampling
 from worldmodel.state import WorldState
 from worldmodel.world import WorldModel
@@ -129,3 +131,14 @@ def test_a_world_without_actions_takes_none(world: WorldModel) -> None:
     silent = WorldModel(world.spec, world.flow, world.codec, None, world.heads, world.starts)
     with pytest.raises(InputError, match="takes no actions"):
         silent.step(silent.initial_state([1]), np.zeros((1, 1)))
+
+
+def test_actions_may_be_dicts_of_dicts() -> None:
+    nested = {
+        "arm": {"left": np.arange(6).reshape(1, 3, 2), "right": np.arange(3)[None]},
+        "go": np.zeros((1, 3)),
+    }
+    assert chunks_given(nested) == 3
+    assert actions_at(nested, 1)["arm"]["left"].tolist() == [[2, 3]]
+    with pytest.raises(InputError, match="with 1 chunks at least"):
+        chunks_given({**nested, "go": np.zeros((1, 2))})

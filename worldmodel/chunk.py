@@ -101,7 +101,7 @@ class Score:
 
 
 def actions_at(actions: Any, t: int) -> Any:
-    """Actions of chunk t, from (B, T, ...), a dict of such arrays, or None."""
+    """Actions of chunk t, from (B, T, ...), a dict of such arrays or of such dicts, or None."""
     if isinstance(actions, Mapping):
-        return {k: v[:, t] for k, v in actions.items()}
+        return {k: actions_at(v, t) for k, v in actions.items()}
     return None if actions is None else actions[:, t]

@@ -45,13 +45,19 @@ def given_noise(noise: Any, shape: tuple[int, ...], device: torch.device) -> Ten
     return noise.to(device, torch.float32)
 
 
+def _leaves(actions: Any) -> list[Any]:
+    if isinstance(actions, Mapping):
+        return [leaf for value in actions.values() for leaf in _leaves(value)]
+    return [actions]
+
+
 def chunks_given(actions: Any, least: int = 1) -> int:
-    """T of actions (B, T, ...) or of a dict of such.
+    """T of actions (B, T, ...) or of a dict of such, which may hold dicts.
 
     Raises:
         InputError: none, arrays without a chunk axis or of unlike lengths, or fewer than ``least`` chunks.
     """
-    leaves = list(actions.values()) if isinstance(actions, Mapping) else [] if actions is None else [actions]
+    leaves = [] if actions is None else _leaves(actions)
     lengths = {np.shape(leaf)[1] if np.ndim(leaf) > 1 else 0 for leaf in leaves}
     if len(lengths) != 1 or min(lengths) < least:
         shapes = ", ".join(str(np.shape(leaf)) for leaf in leaves) or "none"

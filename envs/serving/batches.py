@@ -96,13 +96,6 @@ def first_row(batch: Any) -> Any:
     return {k: first_row(v) for k, v in batch.items()} if isinstance(batch, Mapping) else batch[0]
 
 
-def leaves(action: Any) -> list[Any]:
-    """The leaves of an action, or of a batch of them."""
-    if isinstance(action, Mapping):
-        return [leaf for value in action.values() for leaf in leaves(value)]
-    return [action]
-
-
 def kinds(action: Any) -> Any:
     """Names and dtypes of an action's leaves: those with the same can be stacked, and so can texts of any lengths."""
     if isinstance(action, Mapping):

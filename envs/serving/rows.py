@@ -13,13 +13,15 @@ import numpy as np
 
 from envs.options import EnvOptions, batch_of_one
 from envs.serving.actions import decode_action
-from envs.serving.batches import Slot, first_row, kinds, leaves
+from envs.serving.batches import Slot, first_row, kinds
 from envs.serving.protocol import IMAGINED, MAX_IMAGINE, MAX_MESSAGE, ServingError
 from envs.serving.worker import Job, Outcome
 from envs.snapshot import Snapshot
-from envs.turn import Start, Turn, at_chunk
-from worldmodel import Chunk, InputError, WorldModel
+from envs.turn import Start, Turn
+from worldmodel import Chunk, WorldModel
+from worldmodel.chunk import actions_at
 from worldmodel.condition.spaces import pack_actions, prompts_of
+from worldmodel.inputs import chunks_given
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,7 @@ class Imagination:
         lifted = batch_of_one(
             world.spec.action_space, decode_action(request.arrays, request.args.get("text", {}))
         )
-        lengths = {leaf.shape[1] if leaf.ndim > 1 else 0 for leaf in leaves(lifted)}
-        horizon = min(lengths, default=0)
-        if len(lengths) != 1 or horizon < 1:
-            raise InputError("imagine takes a sequence of actions, with chunks on the first axis")
+        horizon = chunks_given(lifted)
         sizes = {
             "frames": math.prod(world.frames_shape),
             "latent": 4 * math.prod(world.latent_shape),
@@ -106,7 +105,7 @@ class Imagination:
 
     def row(self) -> Row:
         """Its next chunk."""
-        action = at_chunk(self.actions, len(self.chunks))
+        action = actions_at(self.actions, len(self.chunks))
         key = ("step", self.session.world.spec.sampling, kinds(action))
         return Row(self.job, key, replace(self.session, slot=self.slot), action, plan=self)
 

@@ -241,8 +241,19 @@ def test_no_actions_are_no_plan(toy: WorldModel) -> None:
     env = envs.WorldModelEnv(toy)
     env.reset(seed=0)
     for none in (np.zeros((0, 1), np.float32), np.zeros((), np.float32)):
-        with pytest.raises(InputError, match="imagine takes a sequence"):
+        with pytest.raises(InputError, match="with 1 chunks at least"):
             env.imagine(none)
+
+
+def test_a_plan_has_one_length(tmp_path: Path) -> None:
+    """Actions by name of which some say more chunks than others, as a server refuses them too."""
+    space = spaces.Dict({"turn": spaces.Discrete(3), "go": spaces.Box(-1.0, 1.0, (1,), np.float32)})
+    env = envs.WorldModelEnv(write_toy(tmp_path / "toy", space))
+    env.reset(seed=0)
+    go = np.zeros((5, 1), np.float32)
+    assert len(env.imagine({"turn": np.zeros(5, np.int64), "go": go})) == 5
+    with pytest.raises(InputError, match="with 1 chunks at least"):
+        env.imagine({"turn": np.zeros(3, np.int64), "go": go})
 
 
 def test_info_is_plain_numbers(toy: WorldModel) -> None:
