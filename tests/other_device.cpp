@@ -121,7 +121,18 @@ std::tuple<at::Tensor, at::Tensor> gru_cell(const at::Tensor& input, const at::T
   auto i = (b_in && b_in->defined() ? input + *b_in : input).chunk(3, 1);
   auto k = (b_hidden && b_hidden->defined() ? hidden + *b_hidden : hidden).chunk(3, 1);
   auto reset = (i[0] + k[0]).sigmoid(), update = (i[1] + k[1]).sigmoid(), fresh = (i[2] + reset * k[2]).tanh();
-  return {fresh + update * (h - fresh), at::empty({0}, h.options())};
+  return {fresh + update * (h - fresh), at::cat({reset, update, fresh, h, k[2]}, 1)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gru_cell_backward(const at::Tensor& grad, const at::Tensor& kept,
+                                                                                         bool bias) {
+  auto parts = kept.chunk(5, 1);
+  auto reset = parts[0], update = parts[1], fresh = parts[2], h = parts[3], hidden = parts[4];
+  auto at_fresh = grad * (1 - update) * (1 - fresh * fresh), at_update = grad * (h - fresh) * update * (1 - update);
+  auto at_reset = at_fresh * hidden * reset * (1 - reset);
+  auto input = at::cat({at_reset, at_update, at_fresh}, 1), before = at::cat({at_reset, at_update, at_fresh * reset}, 1);
+  auto sum = [bias](const at::Tensor& t) { return bias ? t.sum(0) : at::Tensor(); };
+  return {input, before, grad * update, sum(input), sum(before)};
 }
 
 // As the GPU's, of as many queries as keys where it is causal.
@@ -134,6 +145,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, c10::SymInt, c10::Sym
 }
 
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  for (const auto& value : torch::jit::last(*stack, op.schema().arguments().size()))
+    if (value.isTensorList()) {
+      const auto list = value.toTensorVector();
+      for (const auto& t : list) TORCH_CHECK(t.device() == list[0].device(), "expected all tensors of ", op.schema().name(), " on the same device");
+    }
   at::native::cpu_fallback(op, stack, true);
 }
 
@@ -157,6 +173,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_local_scalar_dense", &item);
   m.impl("native_group_norm", torch::CppFunction::makeFromBoxedFunction<&fallback>());
   m.impl("_thnn_fused_gru_cell", &gru_cell);
+  m.impl("_thnn_fused_gru_cell_backward", &gru_cell_backward);
   m.impl("_scaled_dot_product_flash_attention", &attention);
   m.impl("convolution_overrideable", &convolution);
   m.impl("convolution_backward_overrideable", &convolution_backward);

@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,19 +155,24 @@ def environments(device: torch.device, folder: Path) -> None:
 
 
 def training(device: torch.device, folder: Path) -> None:
-    """A world is trained, exported and evaluated on it."""
+    """A world whose heads have an eye that remembers is trained, exported and evaluated on it."""
     from tests.training.test_world import small_recipe
     from worldmodel import WorldModel
+    from worldmodel.heads import EyeConfig
     from worldmodel.training import precision
     from worldmodel.training.collect import collect
     from worldmodel.training.episodes import EpisodeDataset
     from worldmodel.training.evaluate import evaluate
     from worldmodel.training.export import train_world
+    from worldmodel.training.heads import MemoryTraining
     from worldmodel.training.measure import EvaluateConfig
     from worldmodel.training.parallel import Ranks
 
     precision.bfloat16_pays = lambda kind: False  # it has not all of a GPU's rules for autocast
     recipe = small_recipe()
+    memory = MemoryTraining(recipe.heads.loop, batch=2, length=5, copies=1)
+    heads = replace(recipe.heads, discount=0.5, eye=EyeConfig(4, 4, 2, 4), observed=0.1, memory=memory)
+    recipe = replace(recipe, heads=heads)
     for data, config in recipe.collections(folder / "data").items():
         collect(config, data)
     train_world(recipe, folder / "data", folder / "run", folder / "world", ranks=Ranks(device=device))

@@ -270,9 +270,10 @@ class MemoryStage:
         noise = torch.randn(features.shape, generator=generator).to(self.device)
         nothing = features.new_zeros(len(places), heads.config.seen)
         packed = self.data.packed[places].to(self.device)
-        seen = memory.through(features + c.memory.noise * noise, packed, nothing)[inside.to(self.device)]
+        here = inside.to(self.device)
+        seen = memory.through(features + c.memory.noise * noise, packed, nothing)[here]
         at = places[inside]
-        parts = self.aims.outcome(heads.raw(seen[:, :0], seen, self.data.packed[at]), at)
+        parts = self.aims.outcome(heads.raw(seen[:, :0], seen, packed[here]), at)
         loss = torch.zeros((), device=self.device)
         known = None
         if self.observations is not None and heads.tell is not None:
