@@ -83,6 +83,7 @@ class Plan:
     warm: tuple[Belief, np.ndarray]
 
 
+@torch.no_grad()
 def imagine(
     world: WorldModel,
     state: WorldState,

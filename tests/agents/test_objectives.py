@@ -131,6 +131,16 @@ def test_a_terminal_value_is_asked_once_and_of_those_that_still_run(
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+def test_a_critic_with_gradients_is_an_objective(world: WorldModel) -> None:
+    critic = torch.nn.Linear(int(np.prod(world.latent_shape)), 1)
+
+    def value(latents: torch.Tensor) -> torch.Tensor:
+        return critic(latents.flatten(1))[:, 0]
+
+    for objective in (TerminalValue(value), lambda moment: value(moment.chunk.latent)):
+        assert np.isfinite(returns(world, objective)).all()
+
+
 def test_goal_likelihood_is_the_density_of_the_goal(world: WorldModel, moments: list[Moment]) -> None:
     """At temperature 1 it is what `observe` says of the goal; all branches see the same noised goal."""
     last, goal = moments[-1], world.starts["frames"][1, 1]
