@@ -44,9 +44,9 @@ class MonitoredEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         return frames, info | _told(None)
 
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
-        """As the environment, then judged."""
+        """As the environment, then judged; without the action, where the monitor is not to know it."""
         frames, reward, terminated, truncated, info = self.env.step(action)
-        self.last_record = self.monitor.step(frames, action)
+        self.last_record = self.monitor.step(frames, action if self.monitor.takes_actions else None)
         return frames, reward, terminated, truncated, info | _told(self.last_record)
 
 

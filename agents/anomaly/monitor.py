@@ -91,16 +91,16 @@ class HeatScale:
 class AnomalyMonitor:
     """Watches one session: `calibrate` (or `load`), `reset`, then `step` chunk by chunk.
 
-    ``calibration`` is None until then; ``heat`` is the scale of heat maps. What calibration did not show is anomalous,
-    be it wrong or only new.
+    ``calibration`` is None until then; ``heat`` is the scale of heat maps; ``takes_actions`` where chunks come with what
+    caused them. What calibration did not show is anomalous, be it wrong or only new.
     """
 
     def __init__(self, world: WorldModel, config: MonitorConfig | None = None) -> None:
         self.world = world
         self.config = config or MonitorConfig()
         self.calibration: Calibration | None = None
-        self._actions = self.config.actions and world.actions is not None
-        self._channels = channels_of(world, self._actions)
+        self.takes_actions = self.config.actions and world.actions is not None
+        self._channels = channels_of(world, self.takes_actions)
         self._alpha = 0.0
         self._values: list[np.ndarray] = []
         self.heat = HeatScale(np.ones(world.latent_shape[1:]), np.ones(world.spec.frame_size))
@@ -115,10 +115,10 @@ class AnomalyMonitor:
         Raises:
             InputError: too few episodes for alpha (it says how many are needed), or of the wrong shape.
         """
-        for i, clip in enumerate(normal_episodes):
-            check_clip(self.world, Clip(*clip), self._actions, f"normal episode {i}")
-        Calibration.check(len(normal_episodes), alpha)
         clips = [Clip(*clip) for clip in normal_episodes]
+        for i, clip in enumerate(clips):
+            check_clip(self.world, clip, self.takes_actions, f"normal episode {i}")
+        Calibration.check(len(clips), alpha)
         values: list[np.ndarray] = [np.zeros(0)] * len(clips)
         cells, pixels = [], []
         for i, seen in measure_clips(self.world, clips, "calibrate", MONITOR_SEED, progress):
@@ -185,9 +185,9 @@ class AnomalyMonitor:
             InputError: not calibrated, or the wrong shape, dtype or range; the monitor is then as before.
         """
         calibration = self._calibrated()
-        if (action is not None) != self._actions:
+        if (action is not None) != self.takes_actions:
             raise InputError(
-                f"action is {action!r:.40}, but the monitor is {'' if self._actions else 'not '}to know actions; see "
+                f"action is {action!r:.40}, but the monitor is {'' if self.takes_actions else 'not '}to know actions; see "
                 "MonitorConfig.actions"
             )
         batch = {k: np.asarray(v)[None] for k, v in action.items()} if isinstance(action, dict) else action
@@ -216,7 +216,7 @@ class AnomalyMonitor:
         """
         calibration = self._calibrated()
         for i, clip in enumerate(clips):
-            check_clip(self.world, Clip(*clip), self._actions, f"episode {i}")
+            check_clip(self.world, Clip(*clip), self.takes_actions, f"episode {i}")
         for i, seen in measure_clips(self.world, clips, "score", MONITOR_SEED, progress):
             _, verdict = calibration.judge(Tracked(), seen.values)
             yield (

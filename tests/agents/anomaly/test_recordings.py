@@ -181,6 +181,15 @@ def test_a_real_environment_says_what_is_wrong(folder: Path, world: WorldModel) 
     assert all(type(v) in (float, int, bool) for k, v in info.items() if k.startswith("anomaly_"))
 
 
+def test_a_monitor_that_is_not_to_know_actions_watches_too(folder: Path, world: WorldModel) -> None:
+    monitor, _ = prepare_monitor(world, folder / "normal", 0.05, actions=False)
+    env = MonitoredEnv(ChunkedEnv("CartPole-v1", frame_size=(32, 32)), monitor)
+    env.reset(seed=0)
+    frames = np.stack([step(env, t % 2)[0] for t in range(3)])
+    assert env.last_record is not None and "action_loss" not in env.last_record.channels
+    assert env.last_record.p_value == pytest.approx(monitor.score_episode(frames)[2].p_value, rel=1e-12)
+
+
 def step(env: MonitoredEnv, action: int) -> tuple[np.ndarray, int]:
     frames, _, terminated, truncated, info = env.step(action)
     assert not (terminated or truncated)
