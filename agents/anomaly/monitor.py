@@ -215,8 +215,9 @@ class AnomalyMonitor:
             InputError: as `step`, with the episode's number.
         """
         calibration = self._calibrated()
+        clips = [Clip(*clip) for clip in clips]
         for i, clip in enumerate(clips):
-            check_clip(self.world, Clip(*clip), self.takes_actions, f"episode {i}")
+            check_clip(self.world, clip, self.takes_actions, f"episode {i}")
         for i, seen in measure_clips(self.world, clips, "score", MONITOR_SEED, progress):
             _, verdict = calibration.judge(Tracked(), seen.values)
             yield (

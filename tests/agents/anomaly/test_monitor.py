@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,6 +87,13 @@ def test_an_episode_alone_or_among_others(monitor: AnomalyMonitor, normal: list[
         alone = monitor.score_episode(*clip)
         for ours, theirs in zip(together[i], alone, strict=True):
             assert ours.channels == pytest.approx(theirs.channels, rel=1e-4)
+
+
+def test_clips_may_be_pairs(monitor: AnomalyMonitor, normal: list[Clip]) -> None:
+    """Frames and actions, as for `calibrate`."""
+    pairs: list[Any] = [tuple(clip) for clip in normal[:2]]
+    records = dict(monitor.score_episodes(pairs, progress=False))
+    assert numbers(records[1][3]) == numbers(monitor.score_episode(*normal[1])[3])
 
 
 def test_above_a_limit_of_zero(monitor: AnomalyMonitor, normal: list[Clip]) -> None:
