@@ -25,8 +25,10 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
+from agents.beliefs import first_belief
 from agents.evaluation.planning import episode_chunks, play
 from agents.evaluation.trial import Numbers, Progress, TrialConfig, mean_of, real_env
+from agents.presets import Search
 from envs import ChunkedEnv, WorldModelVectorEnv
 from worldmodel import WorldModel
 from worldmodel.errors import CheckpointError, InputError
@@ -71,16 +73,24 @@ class Observer:
 
 
 def policy_space(space: spaces.Space[Any]) -> spaces.Space[Any]:
-    """What a policy's actions lie in: a bounded Box becomes [-1, 1], other spaces stay."""
-    return spaces.Box(-1.0, 1.0, space.shape, np.float32) if isinstance(space, spaces.Box) else space
+    """What a policy's actions lie in: a bounded Box becomes [-1, 1]; choices are a row, counted from 0.
+
+    Raises:
+        InputError: another space.
+    """
+    if isinstance(space, spaces.Discrete):
+        return spaces.Discrete(space.n)
+    if isinstance(space, spaces.MultiDiscrete):
+        return spaces.MultiDiscrete(np.asarray(space.nvec).reshape(-1))
+    if isinstance(space, spaces.Box) and space.is_bounded():
+        return spaces.Box(-1.0, 1.0, space.shape, np.float32)
+    raise InputError(f"a policy cannot act in {space}; expected Discrete, MultiDiscrete or a bounded Box")
 
 
 def to_world(space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:
-    """A policy's actions (B, ...) in the world's action space."""
-    if not isinstance(space, spaces.Box):
-        return actions
-    unit = (np.clip(actions.astype(np.float64), -1.0, 1.0) + 1.0) / 2.0
-    return (space.low + unit * (space.high.astype(np.float64) - space.low)).astype(space.dtype)
+    """A policy's actions (B, ...) in the world's action space, as planners make them of their own numbers."""
+    belief = first_belief(space, Search(horizon=1))
+    return np.asarray(belief.actions(actions.reshape(len(actions), 1, -1))[:, 0])
 
 
 def from_still_pictures(world: WorldModel) -> WorldModel:

@@ -24,7 +24,7 @@ from agents.imagination import (
     train_policy,
 )
 from tests.toy import BOX
-from worldmodel import WorldModel
+from worldmodel import InputError, WorldModel
 from worldmodel.files import config_to_dict, load_tensors
 from worldmodel.training.collect import CollectConfig, PolicyShare
 
@@ -57,8 +57,34 @@ def test_actions_of_a_policy_fill_the_range() -> None:
     got = to_world(space, np.array([[-1.0, -1.0], [0.0, 0.5], [9.0, 1.0]], np.float32))
     np.testing.assert_allclose(got, [[-2.0, 0.0], [0.0, 7.5], [2.0, 10.0]])
     assert got.dtype == np.float32
-    choices = spaces.Discrete(3)
-    assert policy_space(choices) is choices
+    steps = spaces.Box(-2, 2, (1,), np.int64)
+    got = to_world(steps, np.array([[-0.9], [-0.2], [0.2], [0.9]], np.float32))
+    np.testing.assert_array_equal(got, [[-2], [0], [0], [2]])
+    for refused in (spaces.Box(-np.inf, np.inf, (1,)), spaces.Dict({"push": BOX})):
+        with pytest.raises(InputError, match="a policy cannot act in"):
+            policy_space(refused)
+
+
+def test_a_policy_makes_every_choice() -> None:
+    """It counts from 0, whatever the world's own choices are numbered from."""
+    for space in (
+        spaces.Discrete(3, start=1),
+        spaces.MultiDiscrete([2, 3], start=[1, -1]),
+        spaces.MultiDiscrete([[2, 3], [4, 2]]),
+    ):
+        own = policy_space(space)
+        assert isinstance(own, spaces.Discrete | spaces.MultiDiscrete) and not np.any(own.start)
+        own.seed(0)
+        drawn = to_world(space, np.array([own.sample() for _ in range(100)]))
+        assert all(space.contains(action) for action in drawn)
+        flat = drawn.reshape(100, -1)
+        assert [len(np.unique(column)) for column in flat.T] == np.ravel(getattr(space, "nvec", 3)).tolist()
+
+
+def test_a_policy_learns_to_choose(discrete: WorldModel, tmp_path: Path) -> None:
+    policy = train_policy(discrete, 10_000, tmp_path / "policy.safetensors", minutes=1e-6)
+    action = PolicyAgent(discrete, policy).act(discrete.starts["frames"][0, 0])
+    assert discrete.spec.action_space.contains(action)
 
 
 def test_the_observer_standardises_real_clips(world: WorldModel) -> None:
