@@ -140,7 +140,11 @@ class PredictedReward(Objective):
     discount: float = 1.0
 
     def value(self, moment: Moment) -> Tensor:
-        """See the class."""
+        """See the class. Raises InputError for a world without heads, which predicts none."""
+        if moment.world.heads is None:
+            raise InputError(
+                f"world {moment.world.spec.name} predicts no reward; train it with heads, or plan by another objective"
+            )
         return self.discount**moment.step * moment.survival * moment.chunk.reward.cpu().double()
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -150,6 +151,10 @@ def test_what_cannot_be_planned(world: WorldModel) -> None:
         Planner.preset("slow")
     with pytest.raises(InputError, match="not a field of Search"):
         Planner.preset("fast", branches=3)
+    bare = copy.copy(world)
+    bare.heads = None
+    with pytest.raises(InputError, match="world toy predicts no reward"):
+        Planner(SMALL).plan(bare, state.select([1]))
     assert Planner.preset("quality", horizon=3).search == Search(
         candidates=64, iterations=3, elites=8, horizon=3
     )
