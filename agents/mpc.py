@@ -69,7 +69,9 @@ class MPCAgent:
         return cls(world, planner, objective, proposals)
 
     def reset(self, frames: np.ndarray, seed: int = 0) -> None:
-        """Begin with the first real chunk (n, height, width, 3) uint8, or one picture (height, width, 3) held still.
+        """Begin with the first real chunk (F, height, width, 3) uint8, or one picture (height, width, 3) held still.
+
+        Where the codec begins with fewer frames, those are the chunk's last, and may be given alone.
 
         Raises:
             InputError: another shape or dtype.
@@ -77,6 +79,8 @@ class MPCAgent:
         pixels = np.asarray(frames)
         if pixels.ndim == 3:
             pixels = np.broadcast_to(pixels, (self.world.first_frames, *pixels.shape))
+        if len(pixels) == self.world.chunk_frames:
+            pixels = pixels[-self.world.first_frames :]
         self.state, _ = self.world.observe(self.world.initial_state([seed]), pixels[None].copy())
         self.last_plan, self._warm, self._action = None, None, None
         self._seed, self._chunks = seed, 0

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from agents import AnomalyMonitor, Clip, LatentDistance, MPCAgent, Planner
+from agents.evaluation.trial import Walk
 from envs import WorldModelEnv
 from tests.sessions import actions, same_chunk, walk
 from tests.toy import write_wan_toy
@@ -132,3 +134,27 @@ def test_an_environment_begins_from_a_picture(world: WorldModel) -> None:
     env.reset(seed=1, options={"clip": picture(1, frames=7)[0]})
     with pytest.raises(InputError, match="no bank"):
         env.reset(seed=1)
+
+
+def test_agents_see_the_last_of_a_first_chunk(world: WorldModel) -> None:
+    """A real environment shows whole chunks from the start, and a monitor is given such."""
+    shown, push = picture(1, 3, 4)[0], np.zeros((1, 1), dtype=np.float32)
+    state, first = world.observe(world.initial_state([0]), shown[None, -1:])
+    goal = LatentDistance(first.latent[0])
+    agents = [MPCAgent(world, Planner.preset("fast", candidates=6, horizon=1), goal) for _ in range(2)]
+    for agent, frames in zip(agents, (shown, shown[-1]), strict=True):
+        agent.reset(frames)
+        assert agent.state is not None and torch.equal(agent.state.log_prob, state.log_prob)
+    np.testing.assert_array_equal(agents[0].act(), agents[1].act())
+    walked = Walk(0, shown, shown[None], [push[0]], np.zeros((1, 3)), False)
+    assert torch.equal(walked.before_last(world).log_prob, state.log_prob)
+    normal = [Clip(picture(3, seed, 4), np.zeros((3, 1), np.float32)) for seed in range(100)]
+    monitor = AnomalyMonitor(world)
+    monitor.calibrate(normal, 0.05, progress=False)
+    records = monitor.score_episode(*normal[0])
+    assert [monitor.step(*chunk).evidence for chunk in zip(*normal[0], strict=True)] == pytest.approx(
+        [record.evidence for record in records], rel=1e-3
+    )
+    with pytest.raises(InputError, match=r"\(1, 3, 32, 32, 3\)"):
+        monitor.reset()
+        monitor.step(shown[:3], push[0])

@@ -84,9 +84,13 @@ def measure(
 ) -> tuple[WorldState, Measurement]:
     """Observe B chunks, frames (B, F, height, width, 3) uint8, and measure every channel.
 
+    Where the codec begins with fewer frames, those are the last of a first chunk.
+
     Raises:
         InputError: as `WorldModel.observe`.
     """
+    if frames.shape[1:] == world.frames_shape:
+        frames = frames[:, -world.next_frames(state) :]
     after, chunk = world.observe(state, frames, actions)
     clean = world.score(state, chunk.latent, actions, noise=torch.zeros_like(chunk.latent))
     shown, _ = world.codec.decode(chunk.latent[:, None], state.codec)

@@ -180,7 +180,7 @@ def evaluate_termination(world: WorldModel, config: TrialConfig, progress: Progr
 
     def one(seed: int) -> Numbers:
         walked = walk(env, made, seed, chunks)
-        state, _ = world.observe(world.initial_state([seed]), walked.first[None])
+        state = walked.begun(world)
         imagined, observed = [], []
         for frames, action in zip(walked.frames, walked.actions, strict=True):
             taken = batch_of_one(action)

@@ -136,9 +136,13 @@ class Walk:
     observations: np.ndarray
     terminated: bool
 
+    def begun(self, world: WorldModel) -> WorldState:
+        """The session that has observed what reset showed."""
+        return world.observe(world.initial_state([self.seed]), self.first[None, -world.first_frames :])[0]
+
     def before_last(self, world: WorldModel) -> WorldState:
         """The session that has observed everything but the last chunk."""
-        state, _ = world.observe(world.initial_state([self.seed]), self.first[None])
+        state = self.begun(world)
         for frames, action in zip(self.frames[:-1], self.actions[:-1], strict=True):
             state, _ = world.observe(state, frames[None], batch_of_one(action))
         return state
