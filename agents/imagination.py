@@ -116,6 +116,13 @@ class ImaginedVecEnv(VecEnv):
     """`WorldModelVectorEnv` as Stable-Baselines3 expects one: latents standardised, rewards divided by their scale."""
 
     def __init__(self, world: WorldModel, slots: int = SLOTS, horizon: int = HORIZON, seed: int = 0) -> None:
+        """Raises InputError for a world without reward, without a bank of whole chunks, or with actions of other kinds."""
+        if world.heads is None:
+            raise InputError(f"world {world.spec.name} predicts no reward; train one with heads")
+        if "frames" not in world.starts or world.starts["frames"].ndim != 6:
+            raise InputError(
+                f"world {world.spec.name} has no bank of whole chunks, with which a policy's episodes begin; train another"
+            )
         self.batch = WorldModelVectorEnv(
             from_still_pictures(world),
             slots,
@@ -125,8 +132,6 @@ class ImaginedVecEnv(VecEnv):
             temperature=world.spec.sampling.temperature,
         )
         self.observer = Observer(world)
-        if world.heads is None:
-            raise InputError(f"world {world.spec.name} predicts no reward; train one with heads")
         self.reward_scale = float(world.heads.reward_std)
         self._first_seed: int | None = seed
         self._actions: np.ndarray | None = None

@@ -221,9 +221,13 @@ class SurprisePenalty(Objective):
         ``clips``: frames (B, T, F, height, width, 3) uint8 and actions (B, T, ...), T > 1; by default the world's bank.
 
         Raises:
-            InputError: clips of one chunk, or a quantile outside (0, 1).
+            InputError: clips of one chunk, none in a world without a bank, or a quantile outside (0, 1).
         """
         if clips is None:
+            if "frames" not in world.starts:
+                raise InputError(
+                    f"world {world.spec.name} has no bank of clips; pass clips=(frames, actions)"
+                )
             frames = world.starts["frames"]
             clips = frames, world.start_actions(np.arange(len(frames)))
         frames, actions = clips

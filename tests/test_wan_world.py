@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from agents import AnomalyMonitor, Clip, LatentDistance, MPCAgent, Planner
+from agents import AnomalyMonitor, Clip, LatentDistance, MPCAgent, Planner, SurprisePenalty
 from agents.evaluation.trial import Walk
 from envs import WorldModelEnv
 from tests.sessions import actions, same_chunk, walk
 from tests.toy import write_wan_toy
 from worldmodel.errors import InputError
+from worldmodel.heads import Heads, HeadsConfig
 from worldmodel.state import WorldState
 from worldmodel.world import WorldModel
 
@@ -134,6 +136,20 @@ def test_an_environment_begins_from_a_picture(world: WorldModel) -> None:
     env.reset(seed=1, options={"clip": picture(1, frames=7)[0]})
     with pytest.raises(InputError, match="no bank"):
         env.reset(seed=1)
+
+
+def test_agents_say_that_they_need_a_bank(world: WorldModel) -> None:
+    pytest.importorskip("stable_baselines3")
+    from agents.imagination import ImaginedVecEnv
+
+    with pytest.raises(InputError, match="world wan-toy has no bank of clips; pass"):
+        SurprisePenalty.calibrated(world, 1.0)
+    with pytest.raises(InputError, match="world wan-toy predicts no reward"):
+        ImaginedVecEnv(world)
+    judging = copy.copy(world)
+    judging.heads = Heads(HeadsConfig(world.latent_shape[0] * 4, 1, 8))
+    with pytest.raises(InputError, match="world wan-toy has no bank of whole chunks"):
+        ImaginedVecEnv(judging)
 
 
 def test_agents_see_the_last_of_a_first_chunk(world: WorldModel) -> None:
