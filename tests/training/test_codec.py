@@ -92,6 +92,21 @@ def test_it_learns_past_the_background_and_bears_noise(data: Path, trained: Path
     assert 0 < quality["motion"] < 2
 
 
+def test_episodes_of_one_chunk_have_no_motion_to_measure(trained: Path, tmp_path: Path) -> None:
+    """It was NaN, which no JSON holds, so a trained codec could not be written."""
+    codec, dataset = load_trained_codec(trained), write_dataset(tmp_path, 20)
+    alone = measure_codec(codec, dataset.split("test"))["motion"]
+    save_episode(episode_path(tmp_path, 18), square(99, chunks=1))
+    save_episode(episode_path(tmp_path, 19), square(19))
+    two = measure_codec(codec, dataset.split("test"))
+    save_episode(episode_path(tmp_path, 18), square(19))
+    assert two["motion"] == measure_codec(codec, dataset.split("test"))["motion"] != alone
+    for index in (18, 19):
+        save_episode(episode_path(tmp_path, index), square(99, chunks=1))
+    none = measure_codec(codec, dataset.split("test"))
+    assert "motion" not in none and np.isfinite(list(none.values())).all() and none["chunks"] == 2
+
+
 def test_the_export_is_half_precision_and_standardised(data: Path, trained: Path) -> None:
     stored = load_tensors(trained / "codec.safetensors")
     assert {t.dtype for n, t in stored.items() if n.endswith(("weight", "bias"))} == {torch.float16}

@@ -310,26 +310,23 @@ def measure_codec(codec: ConvCodec, split: EpisodeSplit, episodes: int | None = 
     psnr: of the mean squared error over all chunks; psnr_chunk_mean and psnr_chunk_p5: mean and 5th
     percentile of the chunks' own. psnr_noise_S: with N(0, S^2) on the standardised latents. motion: mean
     squared distance that a latent moves from one chunk to the next, where two independent ones would be 2
-    apart.
+    apart; left out where every episode has one chunk.
     """
     generator = torch.Generator().manual_seed(0)
     errors: dict[float, list[Tensor]] = {noise: [] for noise in NOISES}
     moves = []
     for chunks in chunk_batches(split, "measure codec", episodes):
         latents, _ = codec.encode(chunks, {})
-        moves.append((latents[1:] - latents[:-1]).square().mean())
+        moves.append((latents[1:] - latents[:-1]).square().mean(dim=(1, 2, 3)))
         for noise in NOISES:
             back, _ = codec.decode(latents + noise * torch.randn(latents.shape, generator=generator), {})
             errors[noise].append((back.double() - chunks.double()).square().mean(dim=(1, 2, 3, 4)))
     by_noise = {noise: torch.cat(parts) for noise, parts in errors.items()}
     result = {"psnr" if not n else f"psnr_noise_{n:g}": float(_psnr(e.mean())) for n, e in by_noise.items()}
-    each = _psnr(by_noise[0.0])
-    return result | {
-        "psnr_chunk_mean": float(each.mean()),
-        "psnr_chunk_p5": float(each.quantile(0.05)),
-        "motion": float(torch.stack(moves).mean()),
-        "chunks": float(len(each)),
-    }
+    each, moved = _psnr(by_noise[0.0]), torch.cat(moves)
+    result |= {"psnr_chunk_mean": float(each.mean()), "psnr_chunk_p5": float(each.quantile(0.05))}
+    result |= {"motion": float(moved.mean())} if len(moved) else {}
+    return result | {"chunks": float(len(each))}
 
 
 def _psnr(square_error: Tensor) -> Tensor:
