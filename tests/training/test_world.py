@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 
 from agents.evaluation.sections import evaluate_agents
+from tests.toy import FRAME, toy_world
 from worldmodel.checkpoint import read_world
 from worldmodel.codec.conv import ConvCodecConfig
 from worldmodel.errors import CheckpointError, ConfigError, DataError
@@ -24,13 +26,13 @@ from worldmodel.packed import narrow
 from worldmodel.training import provenance
 from worldmodel.training.codec import CodecTraining, load_latents
 from worldmodel.training.collect import CollectConfig, PolicyShare, collect
-from worldmodel.training.episodes import EpisodeDataset, episode_path, load_episode, save_episode
+from worldmodel.training.episodes import Episode, EpisodeDataset, episode_path, load_episode, save_episode
 from worldmodel.training.evaluate import evaluate, held_out_clips, own_folder, summary
 from worldmodel.training.export import train_world
 from worldmodel.training.flow import FlowStage, FlowTraining, Latents
 from worldmodel.training.heads import HeadsTraining
 from worldmodel.training.loop import LoopConfig
-from worldmodel.training.measure import EvaluateConfig, interval, psnr, r_squared, ssim
+from worldmodel.training.measure import EvaluateConfig, interval, psnr, r_squared, ssim, wrong_actions
 from worldmodel.training.probes import pendulum_angle, pendulum_perturbed, pendulum_true_angle, wrap
 from worldmodel.training.provenance import trained_on
 from worldmodel.training.recipes import Recipe, Round
@@ -563,3 +565,36 @@ def test_a_reward_that_never_varies_has_no_r2(made: tuple[Recipe, Path], tmp_pat
     for reward in (numbers["likelihood"]["reward"], numbers["pictures"]["open_loop"]["reward"]):
         assert reward["r2"] is reward["low"] is reward["high"] is None
     assert "teacher-forced n/a: the reward never varies, open loop n/a" in summary(numbers)
+
+
+def test_actions_of_a_dict_are_evaluated(tmp_path: Path) -> None:
+    force = spaces.Box(-1, 3, (2,), np.float32)
+    world = toy_world(tmp_path / "toy", spaces.Dict({"gear": spaces.Discrete(3), "force": force}))
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        gear, push = rng.integers(3, size=4), rng.uniform(-1, 3, (4, 2)).astype(np.float32)
+        no = np.zeros(4, dtype=bool)
+        frames = rng.integers(256, size=(17, *FRAME, 3), dtype=np.uint8)
+        told = np.zeros((17, 0), dtype=np.float32)
+        actions = {"gear": gear, "force": push}
+        save_episode(
+            episode_path(tmp_path, index),
+            Episode(frames, actions, push[:, 0], no, no, told, {"policy": "any"}),
+        )
+    info = {
+        "format_version": 1,
+        "episodes": 3,
+        "frame_skip": 4,
+        "frame_size": list(FRAME),
+        "fps": 10.0,
+        "complete": True,
+    }
+    write_json(tmp_path / "dataset.json", info | {"action_space": world.spec.action_space_json})
+    config = EvaluateConfig(context=1, horizon=2, long_horizon=0, bootstrap=20)
+    numbers = evaluate(world, EpisodeDataset.open(tmp_path), tmp_path / "out", config)
+    nats = {
+        name: numbers["likelihood"][name]["nats_per_chunk"]["value"] for name in ("true", "wrong", "none")
+    }
+    assert len(set(nats.values())) == 3 and np.isfinite(list(nats.values())).all()
+    wrong = wrong_actions(world.spec.action_space, actions)
+    assert np.array_equal(wrong["gear"], np.roll(gear, 1)) and np.allclose(wrong["force"], 2 - push)

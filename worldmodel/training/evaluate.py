@@ -15,7 +15,7 @@ from worldmodel.errors import CheckpointError, ConfigError, DataError
 from worldmodel.files import config_from_dict, config_to_dict, finite, read_json, writable, write_json
 from worldmodel.published import cache_folder
 from worldmodel.training.collect import CollectConfig, collect
-from worldmodel.training.episodes import EpisodeDataset, EpisodeSplit, Windows, counted
+from worldmodel.training.episodes import EpisodeDataset, EpisodeSplit, Windows, counted, stack_windows
 from worldmodel.training.measure import (
     Clips,
     EvaluateConfig,
@@ -72,11 +72,9 @@ def held_out_clips(
             f"{dataset.folder}: no held-out episode has {length} chunks, the longest has {longest}; {shorter}collect "
             "longer episodes"
         )
-    arrays = ("frames", "actions", "rewards", "terminated", "observations")
-    policies = np.array([str(dataset.episode(int(w.episode[0])).meta.get("policy")) for w in windows])
-    return Clips(
-        **{name: np.concatenate([getattr(w, name) for w in windows]) for name in arrays}, policies=policies
-    )
+    w = stack_windows(windows)
+    policies = np.array([str(dataset.episode(int(index)).meta.get("policy")) for index in w.episode])
+    return Clips(w.frames, w.actions, w.rewards, w.terminated, w.observations, policies)
 
 
 def check_report(file: Path, world: WorldModel) -> None:

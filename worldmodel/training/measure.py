@@ -17,6 +17,7 @@ import torch
 from gymnasium import spaces
 from tqdm import tqdm
 
+from worldmodel.chunk import actions_at
 from worldmodel.files import require_at_least
 from worldmodel.training.probes import (
     PERTURBATION,
@@ -49,12 +50,12 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Clips:
-    """Held-out clips: frames (B, T, F, height, width, 3), actions (B, T, ...), rewards and terminated (B, T),
-    observations (B, T, F, ...); policies (B,) str, the behaviour that each one shows.
+    """Held-out clips: frames (B, T, F, height, width, 3), actions (B, T, ...) or a dict of such, rewards and terminated
+    (B, T), observations (B, T, F, ...); policies (B,) str, the behaviour that each one shows.
     """
 
     frames: np.ndarray
-    actions: np.ndarray
+    actions: Any
     rewards: np.ndarray
     terminated: np.ndarray
     observations: np.ndarray
@@ -121,8 +122,10 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     )
 
 
-def wrong_actions(space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:
-    """Actions that did not happen: mirrored in their range for Box, another clip's for other spaces."""
+def wrong_actions(space: spaces.Space[Any], actions: Any) -> Any:
+    """Actions that did not happen: mirrored in their range for Box, another clip's for others; in each part of Dict."""
+    if isinstance(space, spaces.Dict):
+        return {key: wrong_actions(space[key], part) for key, part in actions.items()}
     if isinstance(space, spaces.Box) and np.isfinite(space.low).all() and np.isfinite(space.high).all():
         return (space.low + space.high - actions).astype(actions.dtype)
     return np.roll(actions, 1, axis=0)
@@ -140,9 +143,9 @@ def likelihoods(world: WorldModel, clips: Clips, config: EvaluateConfig) -> dict
     for t in tqdm(range(clips.frames.shape[1]), desc="teacher-forced likelihood", unit="chunk"):
         frames = clips.frames[:, t]
         if t >= config.context:
-            nats["wrong"].append(world.score(state, frames, wrong[:, t]).log_prob.numpy())
+            nats["wrong"].append(world.score(state, frames, actions_at(wrong, t)).log_prob.numpy())
             nats["none"].append(world.score(state, frames, None).log_prob.numpy())
-        state, chunk = world.observe(state, frames, clips.actions[:, t])
+        state, chunk = world.observe(state, frames, actions_at(clips.actions, t))
         if t >= config.context:
             nats["true"].append(chunk.log_prob.numpy())
             rewards.append(chunk.reward.cpu().numpy())
@@ -194,10 +197,10 @@ def open_loop(
     """Frames (B, horizon, F, ...) imagined after ``context`` real chunks under true actions; rewards (B, horizon)."""
     state = world.initial_state(list(range(len(clips.frames))))
     c = config.context
-    state, _ = world.observe_clip(state, clips.frames[:, :c], clips.actions[:, :c])
+    state, _ = world.observe_clip(state, clips.frames[:, :c], actions_at(clips.actions, slice(c)))
     frames, rewards = [], []
     for t in tqdm(range(horizon), desc="open loop", unit="chunk"):
-        state, chunk = world.step(state, clips.actions[:, c + t])
+        state, chunk = world.step(state, actions_at(clips.actions, c + t))
         frames.append(chunk.frames.cpu().numpy())
         rewards.append(chunk.reward.cpu().numpy())
     return np.stack(frames, axis=1), np.stack(rewards, axis=1)
@@ -209,8 +212,8 @@ def teacher_forced(world: WorldModel, clips: Clips, config: EvaluateConfig) -> n
     frames = []
     for t in tqdm(range(config.context + config.horizon), desc="teacher-forced pictures", unit="chunk"):
         if t >= config.context:
-            frames.append(world.step(state, clips.actions[:, t])[1].frames.cpu().numpy())
-        state, _ = world.observe(state, clips.frames[:, t], clips.actions[:, t])
+            frames.append(world.step(state, actions_at(clips.actions, t))[1].frames.cpu().numpy())
+        state, _ = world.observe(state, clips.frames[:, t], actions_at(clips.actions, t))
     return np.stack(frames, axis=1)
 
 
