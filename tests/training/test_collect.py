@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,9 @@ def test_a_folder_without_episodes_is_free_for_another_collection(tmp_path: Path
     assert EpisodeDataset.open(tmp_path).info["collect"]["chunks"] == 31
 
 
-def test_ctrl_c_leaves_whole_episodes(tmp_path: Path) -> None:
+@contextmanager
+def collecting(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of its own that has begun to collect into ``tmp_path``/d."""
     script = f"""
 from pathlib import Path
 from dataclasses import replace
@@ -90,6 +94,7 @@ if __name__ == "__main__":
     child = subprocess.Popen(
         [sys.executable, tmp_path / "script.py"],
         env=env,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         # whoever runs the tests in the background has it ignored, which children inherit
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -97,12 +102,24 @@ if __name__ == "__main__":
     deadline = time.monotonic() + 300
     while not episode_path(tmp_path / "d", 1).exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    child.send_signal(signal.SIGINT)
+    yield child
     assert child.wait(timeout=300) != 0
+
+
+def test_ctrl_c_leaves_whole_episodes(tmp_path: Path) -> None:
+    with collecting(tmp_path) as child:
+        child.send_signal(signal.SIGINT)
     found = contents(tmp_path / "d")
     assert 1 < len(found) < 500
     assert not list((tmp_path / "d").rglob("*.tmp"))
     assert json.loads((tmp_path / "d" / "dataset.json").read_text())["complete"] is False
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    """They waited for ever for one that could no longer tell them to end."""
+    with collecting(tmp_path) as child:
+        child.kill()
+        child.communicate(timeout=60)  # ends when nobody is left who could write
 
 
 def test_a_killed_worker_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import zipfile
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -254,11 +255,19 @@ def _stack_actions(space: gymnasium.Space[Any], actions: list[Any]) -> Any:
 
 
 def _quiet_worker() -> None:
-    """Ctrl-C is the parent's to handle; one thread a worker; no window, no banner."""
+    """Ctrl-C is the parent's to handle, whose end is a worker's too; one thread a worker; no window, no banner."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     cv2.setNumThreads(1)
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)  # a parent that was killed tells no worker to end
 
 
 def _collect_group(config: CollectConfig, folder: Path, indices: list[int]) -> int:
