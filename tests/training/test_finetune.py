@@ -257,6 +257,12 @@ def test_what_cannot_go_well_is_told_before_it_is_trained(
         assert all(words in line for words, line in zip(warned, lines, strict=False))
 
 
+def test_clips_of_one_chunk_are_too_short(tmp_path: Path) -> None:
+    data = write_episodes(tmp_path / "data", chunks=1)
+    with pytest.raises(DataError, match=r"no clip to train on has 2 chunks of 4 frames.* give longer clips"):
+        finetune(write_toy(tmp_path / "toy"), str(data), tmp_path / "run", tmp_path / "out", CONFIG)
+
+
 def test_episodes_of_another_size_are_refused(tmp_path: Path) -> None:
     data = write_episodes(tmp_path / "data", size=(16, 32))
     with pytest.raises(DataError, match=r"\(16, 32\), the world 4 of \(32, 32\)"):

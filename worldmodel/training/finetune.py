@@ -26,7 +26,7 @@ from worldmodel.checkpoint import WorldFiles, half_precision, narrowed, read_wor
 from worldmodel.codec.base import Codec
 from worldmodel.condition.actions import ActionEncoder, ActionEncoderConfig
 from worldmodel.condition.spaces import packed_size, space_to_json
-from worldmodel.errors import ConfigError
+from worldmodel.errors import ConfigError, DataError
 from worldmodel.files import (
     config_to_dict,
     different,
@@ -214,6 +214,11 @@ def finetune(
     text = load_tensors(run / "text.safetensors") if files.spec.flow.text_tokens else {}
     space = dataset.action_space
     train = latents_of(episodes, split_indices(len(episodes), "train"), space, text)
+    if train.lengths.max() < 2:
+        raise DataError(
+            f"{source}: no clip to train on has 2 chunks of {dataset.frame_skip} frames, which a window has at least; "
+            "give longer clips"
+        )
     apart = split_indices(len(episodes), "test")
     held_out = latents_of(episodes, apart, space, text) if apart else None
     parts = parts_of(files, space, config)
