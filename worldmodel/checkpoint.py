@@ -15,9 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -38,6 +35,7 @@ from worldmodel.condition.spaces import pack_actions, packed_size, prompt_key, s
 from worldmodel.condition.text import TextConfig
 from worldmodel.errors import CheckpointError, ConfigError, InputError
 from worldmodel.files import (
+    DAMAGED_ARRAYS,
     config_from_dict,
     config_to_dict,
     read_json,
@@ -280,14 +278,6 @@ def _check_digest(file: Path, content: bytes, spec: WorldSpec) -> None:
         )
 
 
-_DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError) + (
-    zipfile.BadZipFile,
-    zlib.error,
-    tokenize.TokenError,
-)
-"""What numpy raises for a damaged archive."""
-
-
 def _read_starts(file: Path, spec: WorldSpec) -> Mapping[str, np.ndarray]:
     try:
         content = file.read_bytes()
@@ -296,7 +286,7 @@ def _read_starts(file: Path, spec: WorldSpec) -> Mapping[str, np.ndarray]:
             starts = {key: archive[key] for key in archive.files}
             if "frames" not in starts:
                 raise KeyError("frames")
-    except _DAMAGED as error:
+    except DAMAGED_ARRAYS as error:
         raise CheckpointError(
             f"{file}: cannot be read ({' '.join(str(error).split()):.80}); copy the world directory again"
         ) from error

@@ -104,6 +104,4 @@ def actions_at(actions: Any, t: int | slice) -> Any:
     """Actions of chunk t, or of a slice of chunks, from (B, T, ...), a dict of such arrays or of such dicts, or None."""
     if isinstance(actions, Mapping):
         return {k: actions_at(v, t) for k, v in actions.items()}
-    if isinstance(actions, Mapping):
-        return {k: actions_at(v, t) for k, v in actions.items()}
     return None if actions is None else actions[:, t]

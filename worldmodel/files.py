@@ -12,8 +12,11 @@ import re
 import secrets
 import tempfile
 import time
+import tokenize
 import types
 import typing
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +29,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Config = TypeVar("Config")
+
+DAMAGED_ARRAYS = (OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError) + (
+    zipfile.BadZipFile,
+    zlib.error,
+    tokenize.TokenError,
+)
+"""What numpy raises for a damaged file of arrays."""
 
 
 def config_from_dict(cls: type[Config], mapping: Mapping[str, Any], where: str) -> Config:

@@ -120,7 +120,9 @@ def test_what_is_not_there_or_not_whole_is_one_line(folder: Path) -> None:
         dataset.split("train").sample_windows(1, 9, np.random.default_rng(0))
     path = episode_path(folder, 4)
     whole = path.read_bytes()
-    for broken in (b"", whole[:100], whole[:-30], whole[:200] + b"\0" * 40 + whole[240:]):
+    at = whole.index(b"PK\x01\x02")  # the directory: its first entry has version, flags and method
+    flipped = [whole[:i] + bytes([whole[i] ^ 64]) + whole[i + 1 :] for i in (at + 6, at + 8, at + 10)]
+    for broken in (b"", whole[:100], whole[:-30], whole[:200] + b"\0" * 40 + whole[240:], *flipped):
         path.write_bytes(broken)
         with pytest.raises(DataError) as caught:
             dataset.episode(4)

@@ -6,8 +6,6 @@ Axis letters: B batch, T chunks, F pixel frames of a chunk, K chunks of an episo
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +18,7 @@ from tqdm import tqdm
 
 from worldmodel.condition.spaces import space_from_json
 from worldmodel.errors import CheckpointError, DataError, InputError
-from worldmodel.files import read_json, write_atomic
+from worldmodel.files import DAMAGED_ARRAYS, read_json, write_atomic
 
 FORMAT_VERSION = 1
 KEYS = ("complete", "episodes", "frame_skip", "frame_size", "fps", "action_space")
@@ -128,7 +126,7 @@ def _read(path: Path, *names: str) -> dict[str, np.ndarray]:
             return {name: file[name] for name in names or file.files}
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist; collect the dataset again to fill the gap") from error
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGED_ARRAYS as error:
         raise _damaged(path, error) from error
 
 

@@ -19,7 +19,7 @@ from gymnasium import spaces
 
 from worldmodel.condition.spaces import pack_actions, space_from_json
 from worldmodel.errors import ConfigError, DataError, InputError
-from worldmodel.files import read_json
+from worldmodel.files import DAMAGED_ARRAYS, read_json
 
 VIDEOS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
 ACTIONS = (".npy", ".csv", ".json")
@@ -363,7 +363,7 @@ def read_actions(file: Path) -> np.ndarray:
             rows = rows[1:] if any(c.strip()[:1].isalpha() for c in rows[0]) else rows
             whole = all(cell.strip().lstrip("-").isdigit() for row in rows for cell in row)
             array = np.array(rows).astype(np.int64 if whole else np.float64)
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (*DAMAGED_ARRAYS, IndexError, TypeError) as error:
         raise DataError(
             f"{file}: not actions ({' '.join(str(error).split()):.80}); write one row a frame"
         ) from error
