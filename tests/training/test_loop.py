@@ -172,7 +172,11 @@ def test_other_settings_or_models_or_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not fit this model"):
         Run(other, CONFIG, tmp_path)
     file = tmp_path / "checkpoint.safetensors"
-    file.write_bytes(file.read_bytes()[:-50])
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"elapsed", b"elapsad"))
+    with pytest.raises(CheckpointError, match="no header of a training checkpoint; delete it"):
+        Run(Line(), CONFIG, tmp_path)
+    file.write_bytes(whole[:-50])
     with pytest.raises(CheckpointError, match="truncated or corrupt"):
         Run(Line(), CONFIG, tmp_path)
 

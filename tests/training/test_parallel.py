@@ -104,7 +104,7 @@ def test_a_damaged_checkpoint_of_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="damaged"):
         train(tmp_path, ALONE, 4)
     (target / "run.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="not the header"):
+    with pytest.raises(CheckpointError, match="holds no header"):
         train(tmp_path, ALONE, 4)
 
 

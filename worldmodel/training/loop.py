@@ -29,6 +29,7 @@ from worldmodel.files import load_metadata, load_tensors, require_at_least, save
 from worldmodel.training.parallel import (
     ALONE,
     Ranks,
+    checked_header,
     fill,
     header_of,
     load_shards,
@@ -273,7 +274,7 @@ class Run:
 
     def _header(self) -> dict[str, Any]:
         try:
-            return dict(json.loads(load_metadata(self.file)["run"]))
+            return checked_header(json.loads(load_metadata(self.file)["run"]), self.file)
         except (KeyError, ValueError) as error:
             raise CheckpointError(
                 f"{self.file} is not a training checkpoint; delete it to start again"

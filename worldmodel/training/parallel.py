@@ -215,7 +215,11 @@ def _damaged(target: Path, error: BaseException) -> CheckpointError:
 
 def header_of(target: Path) -> dict[str, Any]:
     """The header of a distributed checkpoint. Raises CheckpointError where it is corrupt."""
-    header = read_json(target / "run.json")
-    if not isinstance(header, dict) or "step" not in header:
-        raise CheckpointError(f"{target}/run.json is not the header of a checkpoint; delete {target}")
+    return checked_header(read_json(target / "run.json"), target)
+
+
+def checked_header(header: Any, where: Path) -> dict[str, Any]:
+    """The header of the checkpoint ``where``. Raises CheckpointError for anything else."""
+    if not isinstance(header, dict) or not {"step", "elapsed", "config"} <= set(header):
+        raise CheckpointError(f"{where} holds no header of a training checkpoint; delete it to start again")
     return header
