@@ -152,6 +152,21 @@ def test_rewards_that_are_not_finite_are_refused(folder: Path) -> None:
             read()
 
 
+def test_episodes_that_others_wrote_are_read_as_ours(folder: Path) -> None:
+    """Whole numbers as rewards ended the training of heads, when codec and flow were done."""
+    dataset, ours = EpisodeDataset.open(folder), numbered(4, 3)
+    theirs = {"rewards": ours.rewards.astype(np.int64), "terminated": ours.terminated.astype(np.int64)}
+    theirs |= {"observations": ours.observations.astype(np.float64)}
+    save_episode(episode_path(folder, 4), ours._replace(**theirs))
+    read = dataset.episode(4)
+    assert [getattr(read, n).dtype for n in theirs] == [np.float32, np.bool_, np.float32]
+    assert np.array_equal(read.terminated, ours.terminated)
+    save_episode(episode_path(folder, 4), ours._replace(frames=ours.frames[:, :-1]))
+    height, width = ours.frames.shape[1:3]
+    with pytest.raises(DataError, match=rf"frames of \({height - 1}, {width}\) pixels, dataset.json says"):
+        dataset.episode(4)
+
+
 def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
     with (tmp_path / "e.npz").open("wb") as file:
         np.savez(file, frames=np.array([{}], dtype=object), meta=np.array("{}"))

@@ -23,6 +23,8 @@ from worldmodel.files import DAMAGED_ARRAYS, read_json, write_atomic
 FORMAT_VERSION = 1
 KEYS = ("complete", "episodes", "frame_skip", "frame_size", "fps", "action_space")
 """What ``dataset.json`` must tell."""
+DTYPES = {"rewards": np.float32, "terminated": np.bool_, "truncated": np.bool_, "observations": np.float32}
+"""Of an episode's arrays, as which they are read whatever they were written as."""
 SplitName = Literal["train", "validation", "test"]
 Actions = Any
 """An array with chunks first, or a dict of such arrays for a Dict space."""
@@ -101,7 +103,7 @@ def load_episode(path: Path, frame_skip: int) -> Episode:
         if actions is None:
             prefix = "actions/"
             actions = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-        rest = {name: arrays[name] for name in Episode._fields[2:-1]}
+        rest = {name: arrays[name].astype(dtype, copy=False) for name, dtype in DTYPES.items()}
         episode = Episode(arrays["frames"], actions, **rest, meta=meta)
     except (KeyError, ValueError) as error:
         raise _damaged(path, error) from error
@@ -221,8 +223,15 @@ class EpisodeDataset:
         return space_from_json(self.info["action_space"])
 
     def episode(self, index: int) -> Episode:
-        """Episode ``index``, read from disk. Raises DataError as `load_episode`."""
-        return load_episode(episode_path(self.folder, index), self.frame_skip)
+        """Episode ``index``, read from disk. Raises DataError as `load_episode`, and for frames of another size."""
+        path = episode_path(self.folder, index)
+        episode = load_episode(path, self.frame_skip)
+        if episode.frames.shape[1:3] != self.frame_size:
+            raise DataError(
+                f"{path} holds frames of {episode.frames.shape[1:3]} pixels, dataset.json says {self.frame_size}; "
+                "correct one of them"
+            )
+        return episode
 
     def lengths(self) -> np.ndarray:
         """(episodes,) chunks of each, from their rewards alone, which are checked. Raises DataError as `load_episode`."""
