@@ -270,6 +270,26 @@ def test_any_environment_with_the_general_policies() -> None:
         assert first.observations.shape == (21, 0) and (first.rewards == 4).all()
 
 
+def test_a_dict_of_actions_within_a_dict_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their episodes held pickles, which nothing here reads."""
+    (tmp_path / "nested.py").write_text("""
+import gymnasium
+from gymnasium import spaces
+from gymnasium.envs.classic_control import CartPoleEnv
+
+class Nested(CartPoleEnv):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.action_space = spaces.Dict({"hand": spaces.Dict({"push": self.action_space})})
+
+gymnasium.register("Nested-v0", Nested)
+""")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match="a Dict within a Dict; wrap the environment"):
+        collect(replace(CARTPOLE, env="nested:Nested-v0"), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
 def test_wrong_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no policy 'swim'; choose from random"):
         replace(CARTPOLE, policies=(PolicyShare("swim"),))

@@ -22,10 +22,9 @@ import numpy as np
 from gymnasium import spaces
 from tqdm import tqdm
 
-from worldmodel.condition.spaces import space_to_json
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.files import config_to_dict, read_json, remove_leftovers, require_at_least, write_json
-from worldmodel.training.episodes import FORMAT_VERSION, Episode, episode_path, save_episode
+from worldmodel.training.episodes import FORMAT_VERSION, Episode, episode_path, save_episode, stored_space
 from worldmodel.training.policies import WIDE_STARTS, find_policy, make_policy
 
 LARGEST_OBSERVATION = 1024  # numbers; larger ones (images) are not kept beside the frames
@@ -298,7 +297,7 @@ def _describe(config: CollectConfig) -> dict[str, Any]:
             "frame_skip": config.frame_skip,
             "frame_size": list(config.frame_size),
             "fps": float(env.metadata.get("render_fps") or 30),
-            "action_space": space_to_json(env.action_space),
+            "action_space": stored_space(env.action_space),
             "collect": config_to_dict(replace(config, workers=1)),
             "provenance": {
                 "gymnasium": gymnasium.__version__,

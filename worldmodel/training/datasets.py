@@ -13,7 +13,7 @@ import numpy as np
 from gymnasium import spaces
 from tqdm import tqdm
 
-from worldmodel.condition.spaces import packed_size, space_to_json
+from worldmodel.condition.spaces import packed_size
 from worldmodel.errors import ConfigError, DataError
 from worldmodel.files import different, read_json, write_json
 from worldmodel.training.episodes import (
@@ -22,6 +22,7 @@ from worldmodel.training.episodes import (
     EpisodeDataset,
     episode_path,
     save_episode,
+    stored_space,
 )
 from worldmodel.training.sources import Clip, Source, open_source
 
@@ -63,7 +64,7 @@ def converted(
         "frame_skip": frame_skip,
         "frame_size": list(frame_size),
         "fps": source.fps,
-        "action_space": space_to_json(_chunk_space(source.space, 1 if held else frame_skip)),
+        "action_space": stored_space(_chunk_space(source.space, 1 if held else frame_skip)),
         "collect": {"env": name, "camera": camera},
         "provenance": {"numpy": np.__version__, "opencv": cv2.__version__},
     }

@@ -16,8 +16,8 @@ import numpy as np
 from gymnasium import spaces
 from tqdm import tqdm
 
-from worldmodel.condition.spaces import space_from_json
-from worldmodel.errors import CheckpointError, DataError, InputError
+from worldmodel.condition.spaces import space_from_json, space_to_json
+from worldmodel.errors import CheckpointError, ConfigError, DataError, InputError
 from worldmodel.files import DAMAGED_ARRAYS, read_json, write_atomic
 
 FORMAT_VERSION = 1
@@ -64,6 +64,19 @@ class Windows(NamedTuple):
     start: np.ndarray
 
 
+def stored_space(space: spaces.Space[Any]) -> dict[str, Any]:
+    """As `space_to_json`, of a space whose actions an episode can hold.
+
+    Raises:
+        ConfigError: another kind of space, or a Dict within a Dict.
+    """
+    if isinstance(space, spaces.Dict) and any(isinstance(s, spaces.Dict) for s in space.spaces.values()):
+        raise ConfigError(
+            "episodes hold no actions of a Dict within a Dict; wrap the environment to make it one Dict"
+        )
+    return space_to_json(space)
+
+
 def episode_path(folder: Path, index: int) -> Path:
     """Where episode ``index`` of a dataset lies."""
     return Path(folder) / "episodes" / f"{index:06d}.npz"
@@ -85,7 +98,7 @@ def save_episode(path: Path, episode: Episode) -> None:
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, allow_pickle=False, **arrays)
 
     write_atomic(path, write)
 
