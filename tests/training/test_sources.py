@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +311,27 @@ def test_bad_lerobot_is_a_one_line_error(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(DataError, match="cannot be read"):
         open_source(str(root))
+
+
+@pytest.mark.parametrize("kind", ["videos", "lerobot"])
+def test_clips_are_read_frame_by_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """They were held whole, at the size of the film: minutes of one took tens of gigabytes."""
+    if kind == "videos":
+        write_video(tmp_path / "in" / "a.mp4", film(40))
+    else:
+        lerobot(tmp_path / "in", "v3.0")
+    given: list[weakref.ref[np.ndarray]] = []
+    held = []
+
+    def watched(file: Path, start: float = 0.0) -> Iterator[np.ndarray]:
+        for frame in read_video(file, start):
+            given.append(weakref.ref(frame))
+            held.append(sum(each() is not None for each in given))
+            yield frame
+
+    monkeypatch.setattr("worldmodel.training.sources.read_video", watched)
+    assert converted(str(tmp_path / "in"), tmp_path / "out", (8, 12), 4, None).episodes
+    assert len(held) > 10 and max(held) <= 3
 
 
 def test_av1_as_lerobot_writes_it(tmp_path: Path) -> None:

@@ -27,8 +27,9 @@ GIVEN = "action_space.json"
 
 
 class Clip(NamedTuple):
-    """frames: at least T + 1 pictures (height, width, 3) uint8 RGB. actions (T, ...) (or a dict of such), each leading
-    from one frame to the next, or None. rewards (T,). ended: the environment ended the clip. caption: "" for none.
+    """frames: at least T + 1 pictures (height, width, 3) uint8 RGB, to go through once. actions (T, ...) (or a dict of
+    such), each leading from one frame to the next, or None. rewards (T,). ended: the environment ended the clip. caption:
+    "" for none.
     """
 
     frames: Iterable[np.ndarray]
@@ -271,10 +272,12 @@ class LeRobotSource:
             key = f"videos/{self.camera}"
             path = self._path(row, "video_path", key)
             start = float(row.get(f"{key}/from_timestamp", 0.0))
-            frames = list(islice(read_video(path, start), count))
-            if len(frames) < count:
-                raise DataError(f"{path}: {len(frames)} frames from {start:g} s on, expected {count}")
-            yield from frames
+            found = 0
+            for frame in islice(read_video(path, start), count):
+                yield frame
+                found += 1
+            if found < count:
+                raise DataError(f"{path}: {found} frames from {start:g} s on, expected {count}")
             return
         table = _table(self._path(row, "data_path", "data"), [self.camera], int(row["episode_index"]))
         for cell in table[self.camera].to_pylist():
@@ -335,15 +338,14 @@ class VideoSource:
     def clip(self, index: int) -> Clip:
         """One video. Raises DataError where it is damaged, or its actions are not one a frame."""
         file, text = self.files[index], self.files[index].with_suffix(".txt")
-        frames = list(read_video(file))
-        steps = len(frames) - 1
+        steps = sum(1 for _ in read_video(file)) - 1
         actions = self.actions[index] if self.actions else None
         if actions is not None and len(actions) not in (steps, steps + 1):
             raise DataError(
                 f"{file}: {len(actions)} actions for {steps + 1} frames, expected {steps} or one more"
             )
         caption = _read_text(text).strip() if text.is_file() else ""
-        return Clip(frames, actions, np.zeros(max(steps, 0)), False, caption)
+        return Clip(read_video(file), actions, np.zeros(max(steps, 0)), False, caption)
 
 
 def read_actions(file: Path) -> np.ndarray:
