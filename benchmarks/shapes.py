@@ -88,9 +88,7 @@ def _random_flow(shape: Shape, device: torch.device) -> Flow:
 
 
 @torch.no_grad()
-def _filled(
-    flow: Flow, shape: Shape, frames: int, device: torch.device, context: Context | None = None
-) -> Context:
+def _filled(flow: Flow, shape: Shape, frames: int, context: Context | None = None) -> Context:
     """A past of ``frames`` random frames, room for one more behind it; goes on from a shorter ``context``."""
     tokens = shape.grid[0] * shape.grid[1]
     if context is None:
@@ -99,9 +97,20 @@ def _filled(
     else:
         flow.deep.release(context)
     for _ in range(frames - context.frames[0]):
-        u = torch.randn(1, 1, tokens, flow.config.token_dim, device=device)
+        u = torch.randn(1, 1, tokens, flow.config.token_dim, device=context.u.device)
         context, _ = flow.deep.commit(flow.deep.reserve(context), u, None)
     return flow.deep.reserve(context)
+
+
+def _sweep(flow: Flow, v: Tensor, context: Context) -> Callable[[], Any]:
+    return partial(flow.deep._run, v, context, context.cache, None)
+
+
+def _without_storage(shape: Shape) -> tuple[Flow, Tensor]:
+    """The flow, and the tokens of a frame, on the meta device: operations can be counted and take no time."""
+    with torch.device("meta"):
+        flow = Flow(shape.config).to(shape.dtype).requires_grad_(False)
+        return flow, torch.empty(1, shape.grid[0] * shape.grid[1], flow.config.token_dim)
 
 
 def _rate(sweeps: int, deep: float, shallow: float, denoise: float) -> float:
@@ -119,6 +128,7 @@ def _of_shape(shape: Shape, device: torch.device, repeats: int, peak: float) -> 
     v = torch.randn(1, tokens, flow.config.token_dim, device=device)
     x, weight = (torch.randn(n, width, device=device).to(shape.dtype) for n in (tokens, 4 * width))
     context: Context | None = None
+    bare, nothing = _without_storage(shape)
 
     def shallow() -> None:
         for block in flow.shallow_blocks:
@@ -132,14 +142,14 @@ def _of_shape(shape: Shape, device: torch.device, repeats: int, peak: float) -> 
         if skipped := _lacks(shape, frames, device, made=True):
             rows.append(head | {"note": skipped})
             break
-        context = _filled(flow, shape, frames, device, context)
-        deep = partial(flow.deep._run, v, context, context.cache, None)
+        context = _filled(flow, shape, frames, context)
+        work = flops(_sweep(bare, nothing, _filled(bare, shape, frames)))
+        deep = _sweep(flow, v, context)
         calls: dict[str, Callable[[], Any]] = {"deep": deep, "shallow": shallow, "denoise": denoise}
         calls["product"] = partial(F.linear, x, weight)
         times = interleaved(calls, repeats, f"{shape.name}, {frames} frames")
         median = {name: float(np.median(t)) for name, t in times.items()}
         best = max(peak, 2 * x.numel() * 4 * width / median.pop("product") / 1e9)
-        work = flops(deep)
         rows.append(
             head
             | {
@@ -194,17 +204,13 @@ def computed() -> list[Row]:
     """Of a deep sweep of the 7B model with guidance, without running it: its FLOPs and what its operations would take on
     an H200 one by one, none of them fused, as they are run.
     """
-    shape, meta = shapes(torch.device("cuda"))[1], torch.device("meta")
-    with meta:
-        flow = Flow(shape.config)
-    flow = flow.to(shape.dtype).requires_grad_(False)
-    v = torch.empty(1, shape.grid[0] * shape.grid[1], flow.config.token_dim, device=meta)
-    rows: list[Row] = []
+    shape, rows = shapes(torch.device("cuda"))[1], []
+    flow, v = _without_storage(shape)
     for frames in tqdm(shape.contexts, desc="7B, computed", leave=False):
-        context = _filled(flow, shape, frames, meta)
+        sweep = _sweep(flow, v, _filled(flow, shape, frames))
         with _Operations(*H200) as done:
             for _ in range(2):  # with the prompt and without
-                flow.deep._run(v, context, context.cache, None)
+                sweep()
         floor = done.flops / H200[0]
         rows.append(
             {
