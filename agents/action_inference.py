@@ -137,7 +137,8 @@ def infer_action(
     """The posterior over the action that caused a real chunk (F, height, width, 3) uint8 after one session's past.
 
     Exact for Discrete and MultiDiscrete. A Box (1 to 6 dimensions) is tiled by cells, and those that hold most of the
-    probability are halved along every axis, ``refinements`` times. The log-likelihood of an action is the mean over
+    probability are halved along every axis with those that touch them, ``refinements`` times: a posterior narrower than the
+    cells that this leaves needs more of them. The log-likelihood of an action is the mean over
     ``draws`` of the noise added to the latent; the prior is uniform unless ``log_prior`` is given.
 
     Raises:
@@ -168,7 +169,7 @@ def infer_action(
     for _ in range(refinements):
         volume = widths.prod(-1)
         p = _normalised(nats, _as_actions(space, centres), volume, log_prior)
-        split = _heaviest(p, ROWS // 2 ** centres.shape[1])
+        split = _to_split(p, nats, centres, widths)
         corners = np.array(list(itertools.product((-0.25, 0.25), repeat=centres.shape[1])))
         finer = (centres[split][:, None] + corners * widths[split][:, None]).reshape(-1, centres.shape[1])
         new = likelihood(_as_actions(space, finer))
@@ -239,12 +240,18 @@ def _as_actions(space: spaces.Box, values: np.ndarray) -> np.ndarray:
     return values.reshape(len(values), *space.shape).astype(space.dtype)
 
 
-def _heaviest(p: np.ndarray, most: int) -> np.ndarray:
-    """(A,) bool: the fewest cells that hold 99 % of the probability, at most ``most``."""
-    order = np.argsort(-p, kind="stable")
+def _to_split(p: np.ndarray, nats: np.ndarray, centres: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """(A,) bool: the fewest cells that hold 99 % of the probability, and those that touch them, whose centres may be far
+    from what they hold; the heaviest first, as many as one pass takes the parts of.
+    """
+    order = np.lexsort((-nats, -p))
     count = int(np.searchsorted(np.cumsum(p[order]), 0.99)) + 1
+    most = ROWS // 2 ** centres.shape[1]
+    heavy = order[: min(count, most)]
+    apart = np.abs(centres[:, None] - centres[heavy]) / (widths[:, None] + widths[heavy])
+    touching = (apart < 0.51).all(-1).any(1)
     split = np.zeros(len(p), dtype=bool)
-    split[order[: min(count, most)]] = True
+    split[order[touching[order]][:most]] = True
     return split
 
 

@@ -1,15 +1,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 
 from agents import infer_action, label_video, propose_actions
 from agents.action_inference import ActionPosterior, enumerate_actions, fit_temperature
 from tests.toy import toy_world
 from worldmodel import InputError, WorldModel
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_sets_cover_what_they_say_where_cells_were_wide_at_first(sides: int) -> None:
+    """A Gaussian likelihood, much narrower than the first cells: what lies beside the heaviest of them is found too."""
+    space, rng, inside = spaces.Box(-2.0, 2.0, (sides,), np.float32), np.random.default_rng(0), []
+    for _ in range(300):
+        action = rng.uniform(-2, 2, sides)
+        seen = action + 0.02 * rng.standard_normal(sides)
+
+        def score(state: Any, frames: Any, actions: np.ndarray, draws: int, seen: Any = seen) -> Any:
+            rate = 0.5 * np.square((actions - seen) / 0.02).sum(1)
+            return SimpleNamespace(rate=torch.from_numpy(rate))
+
+        world: Any = SimpleNamespace(spec=SimpleNamespace(action_space=space), score=score)
+        state: Any = SimpleNamespace(rows=1, select=lambda rows: None)
+        inside.append(infer_action(world, state, np.zeros(1), refinements=5).contains(action, 0.9))
+    assert np.mean(inside) == pytest.approx(0.9, abs=0.05)
 
 
 def test_choices_equal_bayes_by_hand(discrete: WorldModel) -> None:
