@@ -115,7 +115,7 @@ class Calibration:
                 maxima[i] = verdicts.evidence.max(initial=0.0), verdicts.drift.max(initial=0.0)
         order = np.sort(maxima, axis=0)
         rank = np.stack([np.searchsorted(order[:, k], maxima[:, k]) for k in range(2)], axis=1).max(1)
-        place = min(int(episode_threshold(rank, alpha)), len(values) - 1)
+        place = int(episode_threshold(rank, alpha))
         return replace(
             cls._tables(config, channels, values),
             evidence_limit=float(order[place, 0]),
