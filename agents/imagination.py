@@ -217,15 +217,17 @@ def train_policy(
 ) -> ActorCriticPolicy:
     """Learn from so many imagined chunks, or for so long; the policy is kept in ``path`` (safetensors) at every update.
 
-    A policy of this world that is there already is trained on, Adam's moments apart, until it has seen ``chunks``.
+    A policy of this world that is there already is trained on, Adam's moments apart, until it has seen ``chunks``; in
+    episodes of its own, which ``seed`` and the chunks seen before make.
     """
-    env, done = ImaginedVecEnv(world, seed=seed), chunks_learned(world, path)
+    done = chunks_learned(world, path)
+    env = ImaginedVecEnv(world, seed=seed + done)
     left = max(0.0, 1.0 - done / chunks)
     algorithm = PPO(
         "MlpPolicy",
         env,
         learning_rate=lambda remaining: LEARNING_RATE * max(left * remaining, 0.05),
-        seed=seed,
+        seed=seed + done,
         device="cpu",
         policy_kwargs={"net_arch": WIDTHS},
         **PPO_DIALS,

@@ -98,6 +98,22 @@ def test_the_observer_standardises_real_clips(world: WorldModel) -> None:
     assert (seen.std(0) <= 1.1).all()
 
 
+def test_a_policy_that_is_trained_on_meets_other_episodes(
+    world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[np.ndarray] = []
+    reset = ImaginedVecEnv.reset
+
+    def noted(env: ImaginedVecEnv) -> np.ndarray:
+        begun.append(reset(env))
+        return begun[-1]
+
+    monkeypatch.setattr(ImaginedVecEnv, "reset", noted)
+    for chunks in (1024, 2048):
+        train_policy(world, chunks, tmp_path / "policy.safetensors")
+    assert len(begun) == 2 and not np.array_equal(*begun)
+
+
 def test_a_policy_is_kept_and_trained_on(world: WorldModel, tmp_path: Path) -> None:
     """Stopped after an update it continues; in reality it acts on the codec's latents."""
     path = tmp_path / "policy.safetensors"
