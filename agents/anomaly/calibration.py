@@ -93,7 +93,8 @@ class Calibration:
         """From the values (T, channels) of E normal episodes; alpha: the false-alarm rate an *episode*.
 
         An episode's largest evidence and drift, by tables of the other folds, are turned into ranks among all episodes;
-        the smaller rank is what split conformal bounds, so that both alarms together ring in a share alpha of episodes.
+        the larger rank gets the threshold of split conformal prediction, so that both alarms together ring in about a share
+        alpha of episodes. That is no bound: a new episode is judged by tables of all, and ranked among one more.
 
         Raises:
             InputError: too few episodes for alpha; it says how many are needed.

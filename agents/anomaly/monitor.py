@@ -108,7 +108,7 @@ class AnomalyMonitor:
 
     # ---- calibration ------------------------------------------------------------------------------------------------
     def calibrate(self, normal_episodes: Sequence[Clip], alpha: float = 0.05, progress: bool = True) -> None:
-        """Learn what is normal; at most a share ``alpha`` of normal *episodes* will raise an alarm.
+        """Learn what is normal; about a share ``alpha`` of normal *episodes* will raise an alarm (`Calibration.fit`).
 
         Episodes are to be like those that are watched later: their behaviour, and about their length.
 
