@@ -133,6 +133,17 @@ def test_a_world_without_actions_takes_none(world: WorldModel) -> None:
         silent.step(silent.initial_state([1]), np.zeros((1, 1)))
 
 
+def test_plans_may_be_lists(world: WorldModel) -> None:
+    state, _ = world.reset([0])
+    plan = [[[0.5], [-1.0]]]
+    _, lists = world.rollout(state, plan)
+    _, arrays = world.rollout(state, np.array(plan, dtype=np.float32))
+    for a, b in zip(lists, arrays, strict=True):
+        same_chunk(a, b)
+    with pytest.raises(InputError, match="not arrays"):
+        world.rollout(state, [[[0.5], [0.5, 0.2]]])
+
+
 def test_actions_may_be_dicts_of_dicts() -> None:
     nested = {
         "arm": {"left": np.arange(6).reshape(1, 3, 2), "right": np.arange(3)[None]},

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,7 +102,11 @@ class Score:
 
 
 def actions_at(actions: Any, t: int | slice) -> Any:
-    """Actions of chunk t, or of a slice of chunks, from (B, T, ...), a dict of such arrays or of such dicts, or None."""
+    """Actions of chunk t, or of a slice of chunks, from (B, T, ...), an array, a tensor or lists, a dict of such or of such
+    dicts, or None.
+    """
     if isinstance(actions, Mapping):
         return {k: actions_at(v, t) for k, v in actions.items()}
+    if isinstance(actions, list | tuple):
+        actions = np.asarray(actions)
     return None if actions is None else actions[:, t]

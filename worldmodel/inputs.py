@@ -55,10 +55,13 @@ def chunks_given(actions: Any, least: int = 1) -> int:
     """T of actions (B, T, ...) or of a dict of such, which may hold dicts.
 
     Raises:
-        InputError: none, arrays without a chunk axis or of unlike lengths, or fewer than ``least`` chunks.
+        InputError: none, no arrays, arrays without a chunk axis or of unlike lengths, or fewer than ``least`` chunks.
     """
     leaves = [] if actions is None else _leaves(actions)
-    lengths = {np.shape(leaf)[1] if np.ndim(leaf) > 1 else 0 for leaf in leaves}
+    try:
+        lengths = {np.shape(leaf)[1] if np.ndim(leaf) > 1 else 0 for leaf in leaves}
+    except ValueError as error:
+        raise InputError(f"actions are not arrays: {error}") from error
     if len(lengths) != 1 or min(lengths) < least:
         shapes = ", ".join(str(np.shape(leaf)) for leaf in leaves) or "none"
         raise InputError(f"actions of shape {shapes}, expected (B, T, ...) with {least} chunks at least")
