@@ -138,8 +138,7 @@ def test_plans_may_be_lists(world: WorldModel) -> None:
     plan = [[[0.5], [-1.0]]]
     _, lists = world.rollout(state, plan)
     _, arrays = world.rollout(state, np.array(plan, dtype=np.float32))
-    for a, b in zip(lists, arrays, strict=True):
-        same_chunk(a, b)
+    assert all(same_chunk(a, b) for a, b in zip(lists, arrays, strict=True))
     with pytest.raises(InputError, match="not arrays"):
         world.rollout(state, [[[0.5], [0.5, 0.2]]])
 
