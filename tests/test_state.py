@@ -185,6 +185,12 @@ def test_batches_of_nothing(world: WorldModel) -> None:
         world.reset([1], starts=[0.9])
 
 
+@pytest.mark.parametrize("seeds", [[1], [1, 2, 3]])
+def test_each_session_gets_a_seed(world: WorldModel, seeds: list[int]) -> None:
+    with pytest.raises(InputError, match=f"{len(seeds)} seeds for 2 sessions"):
+        world.initial_state([1, 2]).reseed(seeds)
+
+
 @pytest.mark.parametrize("n", [0, -1])
 def test_fork_into_nothing(world: WorldModel, n: int) -> None:
     with pytest.raises(ValueError, match="expected at least 1"):

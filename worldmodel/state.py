@@ -167,8 +167,14 @@ class WorldState:
         return replace(self, context=self.context.gathered())
 
     def reseed(self, seeds: Sequence[int]) -> WorldState:
-        """The same sessions with other noise from here on; ``seeds`` (B,)."""
+        """The same sessions with other noise from here on; ``seeds`` (B,).
+
+        Raises:
+            InputError: not one integer in [0, 2^63) for each session.
+        """
         new = seed_tensor(seeds)
+        if len(new) != self.rows:
+            raise InputError(f"{len(new)} seeds for {self.rows} sessions, expected one for each")
         zero = torch.zeros_like(new)
         return replace(self, seeds=new, branches=zero, forks=zero)
 
