@@ -178,9 +178,10 @@ def test_batches_of_nothing(world: WorldModel) -> None:
         WorldState.concat([])
     with pytest.raises(IndexError, match="1 sessions"):
         world.initial_state([1]).select([])
-    for seeds in ([1.9], ["1"]):
-        with pytest.raises(InputError, match="expected integers"):
-            world.initial_state(seeds)
+    for seeds in ([1.9], ["1"], 0):
+        for begin in (world.initial_state, world.reset):
+            with pytest.raises(InputError, match="expected integers, one for each session"):
+                begin(seeds)
     with pytest.raises(InputError, match="indices into a bank"):
         world.reset([1], starts=[0.9])
 

@@ -27,7 +27,8 @@ def seed_tensor(seeds: Sequence[int]) -> Tensor:
     try:
         values = [operator.index(s) for s in seeds]
     except TypeError as error:
-        raise InputError(f"seeds {list(seeds)!r:.80}: expected integers") from error
+        given = " ".join(repr(seeds).split())
+        raise InputError(f"seeds {given:.80}: expected integers, one for each session") from error
     if not values:
         raise InputError("no seeds, expected one for each session")
     bad = [s for s in values if not 0 <= s < 1 << 63]

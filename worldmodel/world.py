@@ -56,9 +56,10 @@ class WorldModel(WorldParts):
         sessions keep a second past under the empty prompt from the start; else a guided step writes it.
 
         Raises:
-            InputError: prompts in a world that takes none, or not one for each seed.
+            InputError: no seeds, prompts in a world that takes none, or not one for each seed.
         """
-        rows, config = len(seeds), self.flow.config
+        drawn, config = seed_tensor(seeds), self.flow.config
+        rows = len(drawn)
         captions, text, uncond = conditions(
             self.prompts, prompts, rows, self.spec.sampling.guidance > 0, self.device
         )
@@ -71,7 +72,7 @@ class WorldModel(WorldParts):
             torch.zeros(rows, reach, tokens, dim, device=self.device),
             torch.zeros(rows, *self.latent_shape, device=self.device),
             codec,
-            seed_tensor(seeds),
+            drawn,
             zero,
             zero.clone(),
             zero.clone(),
