@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -83,6 +84,18 @@ def check_max_chunks(value: int | None) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise InputError(f"max_chunks is {value!r}, expected an integer of at least 1, or None")
     return int(value)
+
+
+def check_seed(seed: Any) -> int | None:
+    """A seed of any kind of integer as Python's, or None.
+
+    Raises:
+        InputError: something else.
+    """
+    try:
+        return None if seed is None else operator.index(seed)
+    except TypeError as error:
+        raise InputError(f"seed is {seed!r:.80}, expected an integer or None") from error
 
 
 def check_reset_options(options: Mapping[str, Any] | None) -> dict[str, Any]:

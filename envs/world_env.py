@@ -23,6 +23,7 @@ from envs.options import (
     check_device,
     check_max_chunks,
     check_reset_options,
+    check_seed,
     keys_to_action,
     load_world,
     noop_action,
@@ -144,9 +145,9 @@ class WorldModelEnv(gymnasium.Env[np.ndarray, Any]):
         if a seed is given).
 
         Raises:
-            InputError: an unknown option, or one that does not fit the world.
+            InputError: an unknown option, or one that does not fit the world; a seed that is no integer.
         """
-        source = check_reset_options(options)
+        source, seed = check_reset_options(options), check_seed(seed)
         rng = copy.deepcopy(self.np_random) if seed is None else seeding.np_random(seed)[0]
         if "snapshot" in source:
             state, turn, chunk, rng = continue_snapshot(

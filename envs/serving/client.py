@@ -20,6 +20,7 @@ from envs.options import (
     Observation,
     StepMode,
     check_max_chunks,
+    check_seed,
     keys_to_action,
     noop_action,
 )
@@ -150,6 +151,7 @@ class RemoteEnv(gymnasium.Env[np.ndarray, Any]):
         Raises:
             InputError: an unknown option, or one that does not fit the world. ServingError: see the class.
         """
+        seed = check_seed(seed)
         turn = reset_all([self.session], [seed], options)[0]
         super().reset(seed=seed)
         self._unrendered.clear()

@@ -8,7 +8,6 @@ NumPy's, and nothing here needs torch.
 from __future__ import annotations
 
 import contextlib
-import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -73,7 +72,7 @@ class RemoteSession:
             InputError: an option that is unknown or cannot be sent.
         """
         args, arrays = _start(options)
-        args |= {"seed": _seed(seed), "want": self.want}
+        args |= {"seed": None if seed is None else _carried(seed, "seed"), "want": self.want}
         if self.unsettled:
             self._resettle()
         if self.id is not None:
@@ -332,13 +331,6 @@ def _gone(call: Call) -> bool:
     if error is None or isinstance(error, Unanswered):
         return False
     return error.code in LOST and call.request.op == "reset" and "snapshot" not in call.request.args
-
-
-def _seed(seed: Any) -> int | None:
-    try:
-        return None if seed is None else _carried(operator.index(seed), "seed")
-    except TypeError as error:
-        raise InputError(f"seed is {seed!r}, expected an integer or None") from error
 
 
 def _carried(value: int, name: str) -> int:

@@ -208,6 +208,19 @@ def test_wrong_reset_options_are_input_errors(toy_server: WorldServer, options: 
     env.close()
 
 
+def test_seeds_are_integers_of_any_kind(toy: WorldModel, toy_server: WorldServer) -> None:
+    """Here as there; and where one is none, the session goes on."""
+    local, remote = WorldModelEnv(toy), RemoteEnv(toy_server.url)
+    assert equal(local.reset(seed=7), local.reset(seed=np.int64(7)))  # type: ignore[arg-type]
+    assert equal(local.reset(seed=7), remote.reset(seed=np.int64(7)))  # type: ignore[arg-type]
+    for env in (local, remote):
+        with pytest.raises(InputError, match="seed is 7.0, expected an integer"):
+            env.reset(seed=7.0)  # type: ignore[arg-type]
+    assert equal(local.step([0.0]), remote.step([0.0]))
+    assert equal(local.reset(), remote.reset())
+    remote.close()
+
+
 @pytest.mark.parametrize("number", [2**63, 2**70])
 def test_numbers_beyond_the_wire_are_input_errors(toy_server: WorldServer, number: int) -> None:
     env, endless = RemoteEnv(toy_server.url), RemoteEnv(toy_server.url, max_chunks=number)
