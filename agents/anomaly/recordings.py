@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 from tqdm import tqdm
 
 from agents.anomaly.calibration import Calibration, MonitorConfig
@@ -19,13 +17,15 @@ from agents.anomaly.channels import Clip, episode_clip
 from agents.anomaly.conformal import episodes_needed
 from agents.anomaly.drawing import overlay_video, plot_records
 from agents.anomaly.monitor import MONITOR_SEED, AnomalyMonitor, AnomalyRecord
-from envs.recorder import CODECS, write_video
+from envs.recorder import write_video
 from worldmodel import CheckpointError, DataError, InputError, WorldModel
 from worldmodel.files import config_to_dict, writable, write_atomic, write_json
+from worldmodel.media import read_clip
 from worldmodel.published import cache_folder
 from worldmodel.training.episodes import EpisodeDataset
 from worldmodel.training.evaluate import held_out_dataset
 from worldmodel.training.plots import pyplot
+from worldmodel.training.sources import VIDEOS
 
 DEFAULT_EPISODES = 200
 """Normal episodes that are collected where no calibration is given."""
@@ -46,7 +46,8 @@ class Source:
 def read_source(path: Path, world: WorldModel) -> Source:
     """A directory of episodes (docs/episodes.md), a video file, or a directory of video files.
 
-    A video's frames are resized to the world's; it is cut into chunks, and what is left over is not judged.
+    A video is cut about its centre to the world's aspect ratio, resized, brought to the world's frames a second and cut
+    into chunks; what is left over is not judged.
 
     Raises:
         DataError: none of these, or of another frame size, chunk or action space. InputError: a video shorter than
@@ -60,7 +61,7 @@ def read_source(path: Path, world: WorldModel) -> Source:
         if world.actions is None:
             clips = [Clip(clip.frames, None) for clip in clips]
         return Source([f"{i:06d}" for i in range(len(clips))], clips, world.actions is not None)
-    files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix.lower() in CODECS)
+    files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix.lower() in VIDEOS)
     if not files:
         raise DataError(
             f"{path} is no directory of episodes, no video and no directory of videos; give one of these"
@@ -87,28 +88,19 @@ def _check_episodes(dataset: EpisodeDataset, world: WorldModel) -> None:
 
 
 def read_video(path: Path, world: WorldModel) -> Clip:
-    """A video file as chunks of the world, without actions.
+    """A video file as chunks of the world, without actions; see `worldmodel.media.read_clip`.
 
     Raises:
         DataError: it cannot be read. InputError: it is shorter than three chunks.
     """
-    capture = cv2.VideoCapture(str(path))
-    height, width = world.spec.frame_size
-    frames = []
-    while True:
-        more, picture = capture.read()
-        if not more:
-            break
-        small = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
-        frames.append(cv2.cvtColor(small, cv2.COLOR_BGR2RGB))
-    capture.release()
-    if not frames:
-        raise DataError(f"{path} is no video that this OpenCV can read")
+    frames = read_clip(path, world.spec.frame_size, world.spec.fps)
     chunks = len(frames) // world.chunk_frames
     if chunks < 3:
-        raise InputError(f"{path} has {len(frames)} frames, expected at least {3 * world.chunk_frames}")
-    whole = np.stack(frames[: chunks * world.chunk_frames])
-    return Clip(whole.reshape(chunks, *world.frames_shape), None)
+        raise InputError(
+            f"{path} has {len(frames)} frames at the world's {world.spec.fps:g} a second, expected at least "
+            f"{3 * world.chunk_frames}"
+        )
+    return Clip(frames[: chunks * world.chunk_frames].reshape(chunks, *world.frames_shape), None)
 
 
 def prepare_monitor(

@@ -83,7 +83,7 @@ def test_a_directory_of_episodes(folder: Path, cache: Path) -> None:
 def test_a_video_is_judged_without_actions(folder: Path, world: WorldModel) -> None:
     pictures = read_source(folder / "seen", world).clips[0].frames.reshape(-1, 32, 32, 3)
     large = np.repeat(np.repeat(pictures, 4, axis=1), 4, axis=2)
-    write_video(folder / "seen.mp4", np.concatenate((large, large[:3])), 30)
+    write_video(folder / "seen.mp4", np.concatenate((large, large[:3])), world.spec.fps)
     clip = read_video(folder / "seen.mp4", world)
     assert clip.actions is None
     assert clip.frames.shape == (len(pictures) // 4, 4, 32, 32, 3)
@@ -93,10 +93,24 @@ def test_a_video_is_judged_without_actions(folder: Path, world: WorldModel) -> N
     assert "action_loss" not in records[0].channels
 
 
+def test_a_video_is_seen_as_the_world_sees(folder: Path, world: WorldModel, tmp_path: Path) -> None:
+    pictures = read_source(folder / "seen", world).clips[0].frames.reshape(-1, 32, 32, 3)
+    large = np.repeat(np.repeat(pictures, 4, axis=1), 4, axis=2)
+    wide = np.pad(large, ((0, 0), (0, 0), (64, 64), (0, 0)))
+    write_video(tmp_path / "a.mp4", np.repeat(wide, 2, axis=0), 2 * world.spec.fps)
+    write_video(tmp_path / "b.avi.mp4", large, world.spec.fps)
+    (tmp_path / "b.avi.mp4").rename(tmp_path / "b.avi")
+    source = read_source(tmp_path, world)
+    assert source.names == ["a.mp4", "b.avi"]
+    for clip in source.clips:
+        assert clip.frames.shape == (len(pictures) // 4, 4, 32, 32, 3)
+        assert np.abs(clip.frames.reshape(pictures.shape).astype(int) - pictures).mean() < 6
+
+
 def test_videos_that_differ_in_their_suffix_alone(folder: Path, world: WorldModel, tmp_path: Path) -> None:
     pictures = read_source(folder / "seen", world).clips[0].frames[:3].reshape(-1, 32, 32, 3)
     for name in ("a.mp4", "a.webm", "b.mp4"):
-        write_video(tmp_path / "videos" / name, pictures, 30)
+        write_video(tmp_path / "videos" / name, pictures, world.spec.fps)
     (tmp_path / "videos" / "b.mp4").rename(tmp_path / "videos" / "B.MP4")
     numbers = monitor_source(world, tmp_path / "videos", folder / "normal", tmp_path / "out", None, videos=3)
     assert [row["name"] for row in numbers["results"]] == ["B.MP4", "a.mp4", "a.webm"]
@@ -141,10 +155,10 @@ def test_sources_that_are_refused(folder: Path, world: WorldModel, tmp_path: Pat
     with pytest.raises(DataError, match="no directory of episodes"):
         read_source(tmp_path, world)
     (tmp_path / "broken.mp4").write_bytes(b"nothing")
-    with pytest.raises(DataError, match="no video"):
+    with pytest.raises(DataError, match="not a video"):
         read_source(tmp_path / "broken.mp4", world)
-    write_video(tmp_path / "short.mp4", np.zeros((9, 32, 32, 3), np.uint8), 30)
-    with pytest.raises(InputError, match="9 frames, expected at least 12"):
+    write_video(tmp_path / "short.mp4", np.zeros((9, 32, 32, 3), np.uint8), world.spec.fps)
+    with pytest.raises(InputError, match="9 frames at the world's .* a second, expected at least 12"):
         read_source(tmp_path / "short.mp4", world)
     shutil.copytree(folder / "seen", tmp_path / "small")
     info = json.loads((tmp_path / "small" / "dataset.json").read_text())
