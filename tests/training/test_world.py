@@ -114,6 +114,12 @@ def test_world_json_holds_the_recipe(made: tuple[Recipe, Path]) -> None:
     assert spec.environment["env"] == "Pendulum-v1"
 
 
+def test_the_card_names_no_command_that_only_worlds_that_ship_have(made: tuple[Recipe, Path]) -> None:
+    card = (made[1] / "world" / "README.md").read_text()
+    assert 'load("DIR")' in card and "worldmodel evaluate DIR" in card
+    assert made[0].name not in card.removeprefix("# small")
+
+
 def test_further_rounds_begin_with_the_weights_before_them(made: tuple[Recipe, Path]) -> None:
     """A few steps away from them, and not from fresh ones; the world holds what came of the last."""
     run = made[1] / "run"

@@ -313,13 +313,11 @@ A causal normalizing-flow world model (STARFlow-V, arXiv 2511.20462) of `{spec.e
 {spec.codec.frames} frames.
 
     import worldmodel
-    world = worldmodel.WorldModel.load("{spec.name}")
+    world = worldmodel.WorldModel.load("DIR")  # this directory
 
-* Made by `worldmodel collect {spec.name}` and `worldmodel train {spec.name}`; the whole recipe is in `world.json`.
-* Codec on held-out chunks: {quality["psnr"]:.1f} dB. All other figures: `worldmodel evaluate {spec.name}`.
+* Made by `worldmodel train`; the whole recipe and what it was trained on are in `world.json` under provenance.
+* Codec on held-out chunks: {quality["psnr"]:.1f} dB. All other figures: `worldmodel evaluate DIR`.
 * Likelihoods are of the noised latent (noise {spec.flow.noise_std}), in nats per chunk; not of pixels.
 * Matrices of flow and codec hold bfloat16 numbers, as most of training multiplied by them.
 {told}* Limits: it knows one environment, seen from one camera, with the actions and speeds of its training episodes.
-
-Licence: MIT, like the package.
 """
