@@ -9,6 +9,7 @@ import subprocess
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -560,6 +561,18 @@ def test_picture_metrics_and_intervals() -> None:
     assert -1.0 < r_squared(np.full_like(once, 0.1), once, config)["low"] <= 0.0  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(
+    "space",
+    [spaces.Discrete(2), spaces.Discrete(4, start=1), spaces.MultiDiscrete([2, 3], start=[0, 5])],
+    ids=str,
+)
+def test_a_wrong_choice_is_never_the_true_one(space: spaces.Space[Any]) -> None:
+    space.seed(0)
+    true = np.array([[space.sample() for _ in range(20)]])
+    wrong = wrong_actions(space, true)
+    assert (wrong != true).all() and all(space.contains(action) for action in wrong[0])
+
+
 def test_a_reward_that_never_varies_has_no_r2(made: tuple[Recipe, Path], tmp_path: Path) -> None:
     shutil.copytree(made[1] / "data", tmp_path / "data")
     for path in (tmp_path / "data" / "episodes").iterdir():
@@ -603,4 +616,4 @@ def test_actions_of_a_dict_are_evaluated(tmp_path: Path) -> None:
     }
     assert len(set(nats.values())) == 3 and np.isfinite(list(nats.values())).all()
     wrong = wrong_actions(world.spec.action_space, actions)
-    assert np.array_equal(wrong["gear"], np.roll(gear, 1)) and np.allclose(wrong["force"], 2 - push)
+    assert np.array_equal(wrong["gear"], (gear + 1) % 3) and np.allclose(wrong["force"], 2 - push)

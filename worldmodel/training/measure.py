@@ -123,11 +123,16 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def wrong_actions(space: spaces.Space[Any], actions: Any) -> Any:
-    """Actions that did not happen: mirrored in their range for Box, another clip's for others; in each part of Dict."""
+    """Actions that did not happen: mirrored in their range for Box, the next choice for Discrete and MultiDiscrete, another
+    clip's for other spaces; so in each part of a Dict.
+    """
     if isinstance(space, spaces.Dict):
         return {key: wrong_actions(space[key], part) for key, part in actions.items()}
     if isinstance(space, spaces.Box) and np.isfinite(space.low).all() and np.isfinite(space.high).all():
         return (space.low + space.high - actions).astype(actions.dtype)
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        choices = space.n if isinstance(space, spaces.Discrete) else space.nvec
+        return (actions - space.start + 1) % choices + space.start
     return np.roll(actions, 1, axis=0)
 
 
