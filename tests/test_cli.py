@@ -86,6 +86,11 @@ def run_here(
         (("finetune", "pendulum", "--data", "x", "--out", "y", "--lr", "nan"), 1, "lr finite"),
         (("finetune", "pendulum", "--data", "x", "--out", "y", "--seed", "-1"), 1, "seed is -1"),
         (("finetune", "pendulum", "--data", "x", "--out", "{file}/y"), 1, "cannot write into"),
+        (
+            ("watch", "tcp://127.0.0.1:9"),
+            1,
+            'or do without: render_mode "rgb_array", or worldmodel watch --out',
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_any_work(
@@ -99,6 +104,7 @@ def test_what_cannot_be_done_is_refused_before_any_work(
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("envs.window.windows_available", lambda: False)
     monkeypatch.setattr("worldmodel.training.evaluate.held_out_dataset", None)
     given = [a.format(file=tmp_path / "file") for a in arguments]
     got, line = run_here(given, monkeypatch, capsys)
