@@ -97,6 +97,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of the summary.")] = False,
 ) -> None:
     """Measure a world on held-out real episodes: nats, bits/dim, PSNR, SSIM, angle error, reward; JSON and plots."""
+    from worldmodel.files import finite
     from worldmodel.training.episodes import EpisodeDataset
     from worldmodel.training.evaluate import check_report, held_out_dataset, own_folder, summary
     from worldmodel.training.evaluate import evaluate as run
@@ -110,7 +111,7 @@ def evaluate(
         check_report(folder / "evaluation.json", model)  # before episodes are collected
     dataset = EpisodeDataset.open(data) if data else held_out_dataset(model, clips)
     numbers = run(model, dataset, folder, config)
-    print(json.dumps(numbers, indent=2) if as_json else summary(numbers))
+    print(json.dumps(finite(numbers), indent=2) if as_json else summary(numbers))
     print(f"written to {folder}", file=sys.stderr)
 
 

@@ -18,6 +18,7 @@ from gymnasium import spaces
 
 from agents.evaluation.sections import evaluate_agents
 from tests.toy import FRAME, toy_world
+from worldmodel import cli
 from worldmodel.checkpoint import read_world
 from worldmodel.codec.conv import ConvCodecConfig
 from worldmodel.errors import CheckpointError, ConfigError, DataError
@@ -584,6 +585,36 @@ def test_a_reward_that_never_varies_has_no_r2(made: tuple[Recipe, Path], tmp_pat
     for reward in (numbers["likelihood"]["reward"], numbers["pictures"]["open_loop"]["reward"]):
         assert reward["r2"] is reward["low"] is reward["high"] is None
     assert "teacher-forced n/a: the reward never varies, open loop n/a" in summary(numbers)
+
+
+def test_pictures_without_a_pendulum_have_no_angle(
+    made: tuple[Recipe, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the JSON that is printed as in the file: null, for NaN is no JSON."""
+    step = WorldModel.step
+
+    def blank(*arguments: object) -> object:
+        state, chunk = step(*arguments)  # type: ignore[arg-type]
+        return state, replace(chunk, frames=torch.full_like(chunk.frames, 255))
+
+    monkeypatch.setattr(WorldModel, "step", blank)
+    world, data = str(made[1] / "world"), str(made[1] / "data")
+    given = ["--data", data, "--out", str(tmp_path), "--horizon", "2", "--long-horizon", "3", "--json"]
+    monkeypatch.setattr("sys.argv", ["worldmodel", "evaluate", world, *given])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+
+    def refused(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    numbers = json.loads(capsys.readouterr().out, parse_constant=refused)
+    assert numbers == json.loads((tmp_path / "evaluation.json").read_text())
+    assert numbers["pictures"]["open_loop"]["angle_error_degrees"][0]["value"] is None
+    assert numbers["endurance"]["frames_without_a_reading"] == 2 * 3 * 4  # clips, chunks, frames
 
 
 def test_actions_of_a_dict_are_evaluated(tmp_path: Path) -> None:

@@ -295,7 +295,7 @@ def endurance(world: WorldModel, clips: Clips, config: EvaluateConfig, report: R
     bank = clips.frames.reshape(-1, *clips.frames.shape[3:])
     order = np.argsort(off_picture(bank))
     angles = off_picture(bank)[order]
-    sharpness, speeds, kept = [], [], []
+    sharpness, speeds, kept, unread = [], [], [], 0
     space.seed(config.seed)
     held = np.stack([space.sample() for _ in range(rows)])
     last = None
@@ -306,6 +306,7 @@ def endurance(world: WorldModel, clips: Clips, config: EvaluateConfig, report: R
         state, chunk = world.step(state, held.astype(space.dtype))
         frames = chunk.frames.cpu().numpy()
         reading = off_picture(frames)
+        unread += int(np.isnan(reading).sum())
         nearest = order[np.clip(np.searchsorted(angles, np.nan_to_num(reading)), 0, len(order) - 1)]
         sharpness.append(psnr(frames[:, None], bank[nearest][:, None])[:, 0])
         path = reading if last is None else np.concatenate((last[:, None], reading), axis=1)
@@ -321,6 +322,6 @@ def endurance(world: WorldModel, clips: Clips, config: EvaluateConfig, report: R
         "sharpness_psnr_last_tenth": interval(np.mean(sharpness[-tenth:], axis=0), np.mean, config),
         "degrees_a_frame_last_tenth": interval(np.mean(speeds[-tenth:], axis=0), np.mean, config),
         "degrees_a_frame_real": interval(real_speed.mean((1, 2)), np.mean, config),
-        "frames_without_a_reading": int(np.isnan(np.stack(speeds)).sum()),
+        "frames_without_a_reading": unread,
     }
     report.pictures["endurance"] = np.stack(kept, axis=1)
