@@ -15,7 +15,7 @@ from gymnasium import spaces
 
 from worldmodel.condition.spaces import space_to_json
 from worldmodel.errors import ConfigError, DataError
-from worldmodel.files import write_json
+from worldmodel.files import read_json, write_json
 from worldmodel.training.datasets import converted
 from worldmodel.training.episodes import EpisodeDataset
 from worldmodel.training.sources import open_source, read_actions, read_video
@@ -135,6 +135,14 @@ def test_an_interrupted_conversion_continues(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(module, "save_episode", save)
     assert converted(str(tmp_path / "in"), tmp_path / "out", SIZE, 4, None).episodes == 3
     assert [path.stat().st_mtime_ns for path in made] == stamps
+
+
+def test_a_conversion_outlives_other_versions_of_numpy(tmp_path: Path) -> None:
+    write_video(tmp_path / "in" / "a.mp4", film(9))
+    converted(str(tmp_path / "in"), tmp_path / "out", SIZE, 4, None)
+    note = tmp_path / "out" / "dataset.json"
+    write_json(note, read_json(note) | {"provenance": {"numpy": "1.0"}})
+    assert converted(str(tmp_path / "in"), tmp_path / "out", SIZE, 4, None).episodes == 1
 
 
 def test_a_folder_is_free_for_another_conversion_until_it_holds_episodes(tmp_path: Path) -> None:

@@ -70,7 +70,8 @@ def converted(
     }
     file = folder / "dataset.json"
     begun = file.exists() and any(folder.glob("episodes/*.npz"))
-    if begun and set(different(read_json(file), json.loads(json.dumps(info)))) - {"complete"}:
+    changed = different(read_json(file), json.loads(json.dumps(info))) if begun else []
+    if {key.partition(".")[0] for key in changed} - {"complete", "provenance"}:
         raise ConfigError(f"{folder} holds another conversion; delete it, or use another run folder")
     todo = [i for i in range(len(source)) if not zipfile.is_zipfile(_exists(episode_path(folder, i)))]
     write_json(file, info | {"complete": not todo})
