@@ -34,6 +34,7 @@ DAMAGED_ARRAYS = (OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryE
     zipfile.BadZipFile,
     zlib.error,
     tokenize.TokenError,
+    SyntaxError,
 )
 """What numpy raises for a damaged file of arrays."""
 

@@ -176,6 +176,10 @@ def test_bad_videos_and_actions_are_one_line_errors(tmp_path: Path) -> None:
     np.save(folder / "b.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match=r"b\.npy: not actions"):
         open_source(str(folder))
+    np.save(folder / "b.npy", np.zeros(8))
+    (folder / "b.npy").write_bytes((folder / "b.npy").read_bytes().replace(b"<f8", b"<,8"))
+    with pytest.raises(DataError, match=r"b\.npy: not actions"):
+        read_actions(folder / "b.npy")
     (folder / "c.json").write_text('{"moves": []}')
     with pytest.raises(DataError, match=r"c\.json: not actions"):
         read_actions(folder / "c.json")
