@@ -23,7 +23,12 @@ from worldmodel.files import DAMAGED_ARRAYS, read_json, write_atomic
 FORMAT_VERSION = 1
 KEYS = ("complete", "episodes", "frame_skip", "frame_size", "fps", "action_space")
 """What ``dataset.json`` must tell."""
-DTYPES = {"rewards": np.float32, "terminated": np.bool_, "truncated": np.bool_, "observations": np.float32}
+DTYPES: dict[str, type[np.generic]] = {
+    "rewards": np.float32,
+    "terminated": np.bool_,
+    "truncated": np.bool_,
+    "observations": np.float32,
+}
 """Of an episode's arrays, as which they are read whatever they were written as."""
 SplitName = Literal["train", "validation", "test"]
 Actions = Any
