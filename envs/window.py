@@ -40,8 +40,8 @@ class Window:
     def __init__(self, title: str, fps: float) -> None:
         if not windows_available():
             raise WorldModelError(
-                "a window needs an OpenCV with windows: pip uninstall opencv-python-headless, pip install opencv-python; or "
-                'do without: render_mode "rgb_array", or worldmodel watch --out FILE.mp4'
+                "a window needs an OpenCV with windows: pip uninstall opencv-python-headless, pip install opencv-python; "
+                'or do without: render_mode "rgb_array", or worldmodel watch --out FILE.mp4'
             )
         self._title = title
         self.fps = fps
