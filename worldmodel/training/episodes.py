@@ -121,9 +121,7 @@ def load_episode(path: Path, frame_skip: int) -> Episode:
         if actions is None:
             prefix = "actions/"
             actions = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-        rest: dict[str, np.ndarray] = {
-            name: arrays[name].astype(dtype, copy=False) for name, dtype in DTYPES.items()
-        }
+        rest = {name: arrays[name].astype(dtype, copy=False) for name, dtype in DTYPES.items()}
         episode = Episode(arrays["frames"], actions, **rest, meta=meta)
     except (KeyError, ValueError) as error:
         raise _damaged(path, error) from error
