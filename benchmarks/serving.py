@@ -39,7 +39,7 @@ WARM = 100  # steps of every client, in which the server finds its pace
 class NullModel:
     """A backend that answers at once: every observation is the same array of ``size`` bytes."""
 
-    facts: Mapping[str, Any] = {"world": "null"}
+    facts: Mapping[str, Any] = {"world": "null", "frame_size": [16, 16], "chunk_frames": 4}
     action_space = b"{}"
     session_bytes = 1
     going_on = False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 import threading
 import time
@@ -95,6 +96,7 @@ class WorldServer:
         self._running: dict[Job, Running] = {}
         self._handed: list[Job] = []  # for the worker, woken once for all when nothing is left to read
         self._queued_bytes = 0
+        self._chunk_bytes = 3 * backend.facts["chunk_frames"] * math.prod(backend.facts["frame_size"])
         self._began = time.monotonic()
         self._beat = self._began
         self._next_tick = 0.0
@@ -286,12 +288,13 @@ class WorldServer:
         op = protocol.OPS[request.op]
         snapshot = request.args.get("snapshot")
         principal = self.table.principals[owner]
+        nbytes = _nbytes(request, self._chunk_bytes)
         if snapshot is not None:
             self.table.lease_snapshot(snapshot, owner, now)
         if request.op not in ("close", "discard"):
             if self._draining is not None:
                 raise ServingError("busy", "the server is about to stop", 1.0)
-            full = self._queued_bytes + _nbytes(request) > self.limits.queue_bytes
+            full = self._queued_bytes + nbytes > self.limits.queue_bytes
             if full or len(self._running) >= self.limits.queue:
                 raise ServingError("busy", f"{len(self._running)} requests are waiting for the model", 0.1)
         reading = session is not None and not op.seq
@@ -306,9 +309,9 @@ class WorldServer:
                 raise ServingError("too_large", f"fork({count}): at most {protocol.MAX_FORK} at a time")
         made = self.table.reserve(owner, count, request.op == "snapshot") if count else ()
         job = Job(request, made, now + request.deadline if request.deadline else float("inf"))
-        running = Running(owner, job, [waiter])
+        running = Running(owner, job, nbytes, [waiter])
         self._running[job] = running
-        self._queued_bytes += _nbytes(request)
+        self._queued_bytes += nbytes
         if op.seq and session is not None:
             session.running = running
         elif session is not None:
@@ -369,7 +372,7 @@ class WorldServer:
             running = self._running.pop(job, None)
             if running is None:  # the front's own: what an expired session held
                 continue
-            self._queued_bytes -= _nbytes(job.request)
+            self._queued_bytes -= running.nbytes
             try:
                 self._conclude(running, self._committed(job, running, outcome))
             except Exception:  # a bug of ours: one request's, not that of those who shared its round
@@ -474,5 +477,11 @@ class WorldServer:
                 self.transport.rebind()
 
 
-def _nbytes(request: Request) -> int:
-    return sum(array.nbytes for array in request.arrays.values())
+def _nbytes(request: Request, chunk_bytes: int) -> int:
+    """What a request holds until it is answered: its arrays and, chunk by chunk, the frames that it imagines."""
+    held = sum(array.nbytes for array in request.arrays.values())
+    if request.op == "imagine":
+        texts = request.args.get("text", {}).values()
+        horizon = max(map(len, (*texts, *(a for a in request.arrays.values() if a.ndim))), default=0)
+        held += min(horizon * chunk_bytes, protocol.MAX_MESSAGE)  # the backend refuses more
+    return held

@@ -33,7 +33,7 @@ class Limits:
 
     lease: seconds a session or snapshot lives without a request that names it. memory: bytes for sessions and
     snapshots together. sessions, snapshots: the most of one key. queue, queue_bytes: requests that wait for the model,
-    of all keys together.
+    of all keys together, with the frames that they imagine.
     """
 
     lease: float = 60.0
@@ -53,10 +53,11 @@ class Waiter(NamedTuple):
 
 @dataclass(eq=False)
 class Running:
-    """A request that the worker has, and all who wait for its one reply."""
+    """A request that the worker has, the bytes that it holds, and all who wait for its one reply."""
 
     owner: str
     job: Job
+    nbytes: int
     waiters: list[Waiter] = field(default_factory=list)
 
     @cached_property

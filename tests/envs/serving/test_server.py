@@ -540,3 +540,19 @@ def test_large_requests_do_not_pile_up() -> None:
         backend.gate.set()
         assert [wire.reply().error for _ in range(3)] == [None] * 3
         assert wire.step(sessions[3], 1).error is None
+
+
+def test_imaginations_do_not_pile_up() -> None:
+    """They hold the frames that they have so far, and those are counted from the start."""
+    backend, chunk = Held(), 4 * 16 * 16 * 3
+    limits = Limits(queue_bytes=10 * chunk)
+    with WorldServer(backend, "tcp://127.0.0.1:*", limits=limits) as server, Wire(server.url) as wire:
+        session = wire.create()
+        backend.gate.clear()
+        plans = [{"action": np.zeros((horizon, 1), np.float32)} for horizon in (6, 6, 2)]
+        sent = [wire.send("imagine", session=session, arrays=plan) for plan in plans]
+        reply = wire.reply()
+        assert reply.id == sent[1] and reply.error is not None and reply.error.code == "busy"
+        backend.gate.set()
+        assert {wire.reply().id, wire.reply().id} == {sent[0], sent[2]}
+        assert wire.refused("imagine", session=session, arrays=plans[1]) == "unsupported"  # taken, that is
