@@ -107,6 +107,7 @@ class Connection:
         self.url = url
         self.timeout = float(timeout)
         self.lease = 60.0
+        self.serves = b"", ""  # the server's epoch and its world's fingerprint, as `hello` told them
         self.connected = False
         self._lock = threading.RLock()
         self._held: set[bytes] = set()  # sessions in use

@@ -36,7 +36,7 @@ class RemoteWorld:
 
     @classmethod
     def ask(cls, connection: Connection) -> RemoteWorld:
-        """Ask the server; the connection learns how long a lease is.
+        """Ask the server; the connection learns how long a lease is, and what it serves.
 
         Raises:
             ServingError: no answer, or one that is none.
@@ -47,6 +47,7 @@ class RemoteWorld:
             space = space_from_json(json.loads(reply.arrays["action_space"].tobytes().decode()))
             height, width = said["frame_size"]
             connection.lease = float(said["lease"])
+            connection.serves = bytes(said["epoch"]), str(said["fingerprint"])
             return cls(
                 str(said["world"]),
                 str(said["fingerprint"]),

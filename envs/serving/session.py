@@ -121,6 +121,7 @@ class RemoteSession:
         if reply.error is None:
             turn = _turn(reply)
             if op == "create":
+                self._check_world(reply.result["session"])
                 self.adopt(reply.result["session"], int(reply.result["seq"]), turn)
             else:
                 self.seq, self.turn, self.unsettled = int(reply.result["seq"]), turn, False
@@ -130,6 +131,19 @@ class RemoteSession:
             if reply.error.code in LOST and "snapshot" not in call.request.args:
                 self.leave()  # else it may be the snapshot that is not there
         raise _as_local(reply.error)
+
+    def _check_world(self, session: bytes) -> None:
+        """Raise ServingError where a server that has begun anew serves another world than the one that was told of."""
+        epoch, fingerprint = self.connection.serves
+        if session.startswith(epoch):
+            return
+        said = self.connection.ask("hello").result
+        if said["fingerprint"] != fingerprint:
+            raise ServingError(
+                "session_lost",
+                f"{self.connection.url} serves another world now, {said['world']}; make another environment of it",
+            )
+        self.connection.serves = said["epoch"], fingerprint
 
     def resume(self) -> RemoteTurn:
         """Ask the server where the session stands, and go on from there.

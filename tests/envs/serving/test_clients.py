@@ -292,6 +292,28 @@ def test_a_lost_session_is_an_error_once_and_reset_begins_another(toy_server: Wo
     other.close()
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_server_that_comes_back_with_another_world_is_refused(toy: WorldModel, same: bool) -> None:
+    with WorldServer(WorldBackend(toy), "tcp://127.0.0.1:*") as server:
+        env, batch = RemoteEnv(server.url), RemoteVectorEnv(server.url, 2)
+        first = env.reset(seed=0)
+        batch.reset(seed=0)
+    backend = WorldBackend(toy)
+    if not same:
+        backend.facts = {**backend.facts, "world": "trained-again", "fingerprint": "0" * 64}
+    with WorldServer(backend, server.url):
+        for _ in range(2):
+            if same:
+                assert equal(env.reset(seed=0), first)
+                batch.reset(seed=0)
+                continue
+            with pytest.raises(ServingError, match="another world now, trained-again; make another"):
+                env.reset(seed=0)
+            with pytest.raises(ServingError, match="another world now"):
+                batch.reset(seed=0)
+        env.close(), batch.close()
+
+
 def test_what_nobody_refers_to_is_given_back(toy_server: WorldServer) -> None:
     env = RemoteEnv(toy_server.url)
     env.reset(seed=0)
