@@ -79,7 +79,7 @@ class RemoteVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
         # a connection queues so many messages each way; more slots, more connections
         self._connections = [Connection(url, curve, timeout) for _ in range(0, num_envs, HIGH_WATER)]
         try:
-            self.remote = RemoteWorld.ask(self._connections[0])
+            self.remote = [RemoteWorld.ask(connection) for connection in self._connections][0]
         except BaseException:
             self._close_connections()
             raise

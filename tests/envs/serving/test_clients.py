@@ -31,6 +31,7 @@ from envs.serving import client
 from envs.serving.protocol import ServingError
 from envs.serving.remote import RemoteChunk, RemoteScore
 from envs.serving.server import WorldServer
+from envs.serving.sessions import Limits
 from envs.serving.world_backend import WorldBackend
 from tests.envs.serving.machines import Clock, eventually
 from tests.toy import toy_world
@@ -471,6 +472,13 @@ def test_wrong_actions_of_one_slot_change_no_slot(toy: WorldModel, toy_server: W
     good = np.zeros((3, 1), np.float32)
     same_infos(native.step(good), remote.step(good))
     remote.close()
+
+
+def test_slots_of_every_connection_are_renewed_in_time(toy: WorldModel) -> None:
+    with WorldServer(WorldBackend(toy), "tcp://127.0.0.1:*", limits=Limits(lease=8.0)) as server:
+        remote = RemoteVectorEnv(server.url, 20)
+        assert [connection.lease for connection in remote._connections] == [8.0] * 3
+        remote.close()
 
 
 def test_more_slots_than_a_connection_queues(toy: WorldModel, toy_server: WorldServer) -> None:
