@@ -264,6 +264,10 @@ def _episode(world: WorldModel, where: Any) -> Start:
     episode = data.episode(index)
     length = world.start_chunks
     last = len(episode.rewards) - length
+    if last < 0:
+        raise InputError(
+            f"episode {index} has {len(episode.rewards)} of the {length} chunks of a start; choose another"
+        )
     if not 0 <= first <= last:
         raise InputError(f"first chunk is {first}, expected one in [0, {last}] of episode {index}")
     span = slice(first, first + length)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.toy import write_toy, write_wan_toy
 from worldmodel import CheckpointError, Chunk, DataError, InputError, WorldModel, WorldModelError
 from worldmodel.condition.spaces import space_to_json
 from worldmodel.files import load_metadata, load_tensors, save_tensors, write_json
-from worldmodel.training.episodes import FORMAT_VERSION, Episode, episode_path, save_episode
+from worldmodel.training.episodes import FORMAT_VERSION, Episode, episode_path, load_episode, save_episode
 
 Step = tuple[Any, ...]
 NEVER = {"termination_threshold": 2.0}
@@ -384,6 +385,13 @@ def test_bad_episodes(toy: WorldModel, dataset: Path, tmp_path: Path) -> None:
     for where, message in (((dataset, 2, 0), "episode index is 2"), ((dataset, 0, 5), "first chunk is 5")):
         with pytest.raises(InputError, match=message):
             env.reset(options={"episode": where})
+    shutil.copytree(dataset, tmp_path / "short")
+    path = episode_path(tmp_path / "short", 0)
+    whole = load_episode(path, 4)
+    cut = {name: getattr(whole, name)[:1] for name in ("actions", "rewards", "terminated", "truncated")}
+    save_episode(path, whole._replace(frames=whole.frames[:5], observations=whole.observations[:5], **cut))
+    with pytest.raises(InputError, match="episode 0 has 1 of the 2 chunks of a start; choose another"):
+        env.reset(options={"episode": (tmp_path / "short", 0, 0)})
     with pytest.raises(DataError):
         env.reset(options={"episode": (tmp_path, 0, 0)})
 
