@@ -123,8 +123,8 @@ def monitor(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Normal episodes or videos, or a saved monitor (.safetensors); default: 200 fresh episodes of the "
-            "world's own environment. Calibrates once: the monitor is kept in the cache folder."
+            help="At least 100 normal episodes or videos, or a saved monitor (.safetensors); default: 200 fresh "
+            "episodes of the world's own environment. Calibrates once: the monitor is kept in the cache folder."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to; default monitor/SOURCE.")] = None,

@@ -11,7 +11,14 @@ from typing import NamedTuple
 import numpy as np
 
 from agents.anomaly.channels import Channel
-from agents.anomaly.conformal import COMBINATIONS, Sides, Tail, episode_threshold, episodes_needed
+from agents.anomaly.conformal import (
+    COMBINATIONS,
+    LEAST_EPISODES,
+    Sides,
+    Tail,
+    episode_threshold,
+    episodes_needed,
+)
 from worldmodel import ConfigError, InputError
 
 FOLDS = 5
@@ -128,9 +135,10 @@ class Calibration:
         """Raises InputError where so many normal episodes are too few for alpha; it says how many are needed."""
         needed = episodes_needed(alpha)
         if episodes < needed:
+            larger = " or ask for a larger alpha" if episodes >= LEAST_EPISODES else ""
             raise InputError(
-                f"{episodes} normal episodes, alpha {alpha:g} needs at least {needed}; collect {needed - episodes} more "
-                "or ask for a larger alpha"
+                f"{episodes} normal episodes, alpha {alpha:g} needs at least {needed}; collect {needed - episodes} "
+                f"more{larger}"
             )
 
     @classmethod

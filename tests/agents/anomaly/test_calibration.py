@@ -101,9 +101,11 @@ def test_only_the_named_channels_count() -> None:
 
 def test_bad_input() -> None:
     normal = episodes(100, np.random.default_rng(5), 5)
-    with pytest.raises(InputError, match=r"alpha 0\.001 needs at least 999; collect 899 more"):
+    with pytest.raises(
+        InputError, match=r"alpha 0\.001 needs at least 999; collect 899 more or ask for a larger"
+    ):
         Calibration.fit(MonitorConfig(), BANK, normal, 0.001)
-    with pytest.raises(InputError, match="needs at least 100"):
+    with pytest.raises(InputError, match="alpha 0.5 needs at least 100; collect 1 more$"):
         Calibration.fit(MonitorConfig(), BANK, normal[:99], 0.5)
     with pytest.raises(InputError, match="no normal episode has more than 2 chunks"):
         Calibration.fit(MonitorConfig(), BANK, [v[:2] for v in normal], 0.05)
