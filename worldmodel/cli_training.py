@@ -17,7 +17,8 @@ def collect(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="A recipe (pendulum, lunarlander), a recipe file, or the id of a Gymnasium environment."
+            help="A recipe (pendulum, lunarlander), a recipe file, or the id of a Gymnasium environment (MODULE:NAME-v0 "
+            "imports the module that registers it)."
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="Where to; default data/NAME.")] = None,
