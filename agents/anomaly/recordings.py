@@ -158,7 +158,8 @@ def _identity(folder: Path) -> Any:
     if (folder / "dataset.json").exists():
         return json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     files = [folder] if folder.is_file() else sorted(folder.glob("*"))
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+    listed = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+    return {"files": listed, "read": "cut to the world's aspect ratio, at its frames a second"}
 
 
 def monitor_source(
