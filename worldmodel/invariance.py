@@ -2,8 +2,8 @@
 
 On most CPUs torch's matrix products of at least 4 rows, and convolutions of at least 2 pictures, give each row bit for bit
 what they give in any larger batch; smaller ones take other kernels. On some, larger ones do too, and the last bits of what
-torch computes (an eye; all, without `worldmodel.native`) may then depend on who shares the batch. So may guided samples
-whose frames' tokens hold a number of values that is no multiple of 32: torch's softplus rounds the last of a tensor otherwise.
+torch computes (an eye; all, without `worldmodel.native`) may then depend on who shares the batch. So may guided samples of
+frames whose number of values is no multiple of 32: torch's softplus rounds the last ones of a tensor otherwise.
 """
 
 from __future__ import annotations
