@@ -91,25 +91,39 @@ def evaluate(
         ),
     ] = None,
     clips: Annotated[int, typer.Option(help="Held-out clips, one an episode.")] = 90,
-    horizon: Annotated[int, typer.Option(help="Chunks imagined and judged.")] = 16,
+    context: Annotated[int, typer.Option(help="Real chunks that are seen first.")] = 3,
+    horizon: Annotated[
+        int | None,
+        typer.Option(help="Chunks imagined and judged; default 16, or fewer where episodes are shorter."),
+    ] = None,
     long_horizon: Annotated[int, typer.Option(help="Chunks of the endurance test, 0 for none.")] = 100,
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of the summary.")] = False,
 ) -> None:
     """Measure a world on held-out real episodes: nats, bits/dim, PSNR, SSIM, angle error, reward; JSON and plots."""
+    from dataclasses import replace
+
     from worldmodel.files import finite
     from worldmodel.training.episodes import EpisodeDataset
-    from worldmodel.training.evaluate import check_report, held_out_dataset, own_folder, summary
+    from worldmodel.training.evaluate import (
+        check_report,
+        fitting_horizon,
+        held_out_dataset,
+        own_folder,
+        summary,
+    )
     from worldmodel.training.evaluate import evaluate as run
     from worldmodel.training.measure import EvaluateConfig
 
-    config = EvaluateConfig(horizon=horizon, clips=clips, long_horizon=long_horizon)
+    config = EvaluateConfig(context, 16 if horizon is None else horizon, long_horizon, clips)
     model = load(world, device)
     usual = Path("evaluation") / model.spec.name
     folder = out or own_folder(usual, "evaluation.json", model.fingerprint)
     if data is None:
         check_report(folder / "evaluation.json", model)  # before episodes are collected
     dataset = EpisodeDataset.open(data) if data else held_out_dataset(model, clips)
+    if horizon is None:
+        config = replace(config, horizon=fitting_horizon(dataset, model, config))
     numbers = run(model, dataset, folder, config)
     print(json.dumps(finite(numbers), indent=2) if as_json else summary(numbers))
     print(f"written to {folder}", file=sys.stderr)

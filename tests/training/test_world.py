@@ -29,7 +29,13 @@ from worldmodel.training import provenance
 from worldmodel.training.codec import CodecTraining, load_latents
 from worldmodel.training.collect import CollectConfig, PolicyShare, collect
 from worldmodel.training.episodes import Episode, EpisodeDataset, episode_path, load_episode, save_episode
-from worldmodel.training.evaluate import evaluate, held_out_clips, own_folder, summary
+from worldmodel.training.evaluate import (
+    evaluate,
+    fitting_horizon,
+    held_out_clips,
+    own_folder,
+    summary,
+)
 from worldmodel.training.export import train_world
 from worldmodel.training.flow import FlowStage, FlowTraining, Latents
 from worldmodel.training.heads import HeadsTraining
@@ -356,10 +362,15 @@ def test_an_evaluation_of_another_world_is_not_written_over(
     made: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
     world, data = WorldModel.load(made[1] / "world"), EpisodeDataset.open(made[1] / "data")
-    for context, told in ((2, "give --horizon 6 or collect longer episodes"), (8, "8; collect longer")):
+    for context, told in (
+        (2, "give --horizon 6 or collect"),
+        (8, "8; give --context 7 --horizon 1 or collect"),
+    ):
         config = EvaluateConfig(context=context, horizon=40)
         with pytest.raises(DataError, match=f"has {context + 40} chunks, the longest has .*{told}"):
             evaluate(world, data, tmp_path / "out", config)
+    for config, fits in ((EvaluateConfig(), 5), (EvaluateConfig(horizon=4), 4), (EvaluateConfig(9), 1)):
+        assert fitting_horizon(data, world, config) == fits
     assert not (tmp_path / "out").exists()
     for name, run in (
         ("evaluation", lambda: evaluate(world, data, tmp_path)),

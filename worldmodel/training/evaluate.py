@@ -34,6 +34,27 @@ HELD_OUT_SEED = 1_000_003
 """Seed of fresh evaluation episodes; training collections use small ones."""
 
 
+def held_out_episodes(dataset: EpisodeDataset, world: WorldModel) -> range:
+    """Those that the world was not trained on. Raises DataError where there are none."""
+    indices = range(first_held_out(world.spec, dataset), dataset.episodes)
+    if not indices:
+        raise DataError(
+            f"{dataset.folder}: {world.spec.name} was trained on {counted(dataset.episodes)} of it, so none is held out; "
+            "collect more, or with another --seed"
+        )
+    return indices
+
+
+def fitting_horizon(dataset: EpisodeDataset, world: WorldModel, config: EvaluateConfig) -> int:
+    """The chunks to imagine: ``config.horizon``, or so few that half of the held-out episodes are long enough.
+
+    Raises:
+        DataError: as `held_out_episodes`.
+    """
+    middle = int(np.median(dataset.lengths()[held_out_episodes(dataset, world).start :]))
+    return max(1, min(config.horizon, middle - config.context))
+
+
 def held_out_clips(
     dataset: EpisodeDataset,
     world: WorldModel,
@@ -51,12 +72,7 @@ def held_out_clips(
     Raises:
         DataError: no episode is held out, or none of these is that long.
     """
-    indices = range(first_held_out(world.spec, dataset), dataset.episodes)
-    if not indices:
-        raise DataError(
-            f"{dataset.folder}: {world.spec.name} was trained on {counted(dataset.episodes)} of it, so none is held out; "
-            "collect more, or with another --seed"
-        )
+    indices = held_out_episodes(dataset, world)
     split = EpisodeSplit(indices, dataset.frame_skip, lru_cache(maxsize=4)(dataset.episode))
     rng = np.random.default_rng(0)
     windows: list[Windows] = []
@@ -67,7 +83,10 @@ def held_out_clips(
             windows.append(split.window(index, place, length))
     if not windows:
         longest = int(split.lengths.max())
-        shorter = f"give --horizon {longest - context} or " if longest > context else ""
+        fits = (
+            f"--horizon {longest - context}" if longest > context else f"--context {longest - 1} --horizon 1"
+        )
+        shorter = f"give {fits} or " if longest > 1 else ""
         raise DataError(
             f"{dataset.folder}: no held-out episode has {length} chunks, the longest has {longest}; {shorter}collect "
             "longer episodes"
