@@ -12,7 +12,7 @@ import multiprocessing
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -101,10 +101,14 @@ def _process(target: Callable[..., None], *arguments: Any) -> Iterator[str]:
         target=target, args=(*arguments, theirs), daemon=True
     )
     process.start()
+    theirs.close()  # only the child's is left: where it fails, there is nothing to wait for
     try:
         yield ours.recv()
+    except EOFError as error:
+        raise RuntimeError("the server's process failed; its own error is above") from error
     finally:
-        ours.send(None)
+        with suppress(OSError):
+            ours.send(None)
         process.join(10.0)
         if process.is_alive():
             process.kill()
