@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-from benchmarks.measure import Row, flops, interleaved
+from benchmarks.measure import Row, flops, interleaved, timed
+from worldmodel.flow import attention
 from worldmodel.flow.context import Context
 from worldmodel.flow.flow import Flow, FlowConfig
 from worldmodel.packed import pack
@@ -149,6 +150,9 @@ def _of_shape(shape: Shape, device: torch.device, repeats: int, peak: float) -> 
         calls["product"] = partial(F.linear, x, weight)
         times = interleaved(calls, repeats, f"{shape.name}, {frames} frames")
         median = {name: float(np.median(t)) for name, t in times.items()}
+        spent: dict[str, list[float]] = {}
+        with timed(attention, ["_attend"], spent):
+            deep()
         best = max(peak, 2 * x.numel() * 4 * width / median.pop("product") / 1e9)
         rows.append(
             head
@@ -156,6 +160,7 @@ def _of_shape(shape: Shape, device: torch.device, repeats: int, peak: float) -> 
                 "TFLOP": work / 1e12,
                 "peak GFLOP/s": best,
                 "deep sweep ms": 1e3 * median["deep"],
+                "of it attention ms": 1e3 * sum(spent["_attend"]),
                 "x floor": median["deep"] / (work / (best * 1e9)),
                 "shallow sweep ms": 1e3 * median["shallow"],
                 "denoise ms": 1e3 * median["denoise"],
