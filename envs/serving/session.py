@@ -139,6 +139,7 @@ class RemoteSession:
             return
         said = self.connection.ask("hello").result
         if said["fingerprint"] != fingerprint:
+            self.connection.drop(session, close=True)
             raise ServingError(
                 "session_lost",
                 f"{self.connection.url} serves another world now, {said['world']}; make another environment of it",

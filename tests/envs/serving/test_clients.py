@@ -302,7 +302,7 @@ def test_a_server_that_comes_back_with_another_world_is_refused(toy: WorldModel,
     backend = WorldBackend(toy)
     if not same:
         backend.facts = {**backend.facts, "world": "trained-again", "fingerprint": "0" * 64}
-    with WorldServer(backend, server.url):
+    with WorldServer(backend, server.url) as again:
         for _ in range(2):
             if same:
                 assert equal(env.reset(seed=0), first)
@@ -312,6 +312,10 @@ def test_a_server_that_comes_back_with_another_world_is_refused(toy: WorldModel,
                 env.reset(seed=0)
             with pytest.raises(ServingError, match="another world now"):
                 batch.reset(seed=0)
+        if not same:
+            for connection in (env.session.connection, *batch._connections):
+                connection.renew()
+            eventually(lambda: not again.table.sessions)  # none that nobody uses stays for its lease
         env.close(), batch.close()
 
 
