@@ -115,7 +115,8 @@ def evaluate(
     from worldmodel.training.evaluate import evaluate as run
     from worldmodel.training.measure import EvaluateConfig
 
-    config = EvaluateConfig(context, 16 if horizon is None else horizon, long_horizon, clips)
+    imagined = EvaluateConfig.horizon if horizon is None else horizon
+    config = EvaluateConfig(context, imagined, long_horizon, clips)
     model = load(world, device)
     usual = Path("evaluation") / model.spec.name
     folder = out or own_folder(usual, "evaluation.json", model.fingerprint)
